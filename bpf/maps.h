@@ -1,0 +1,178 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* Maps. Of each map: who writes it, what a full one means, how an entry goes away. */
+#ifndef UNDERPASS_MAPS_H
+#define UNDERPASS_MAPS_H
+
+#include "kernel.h"
+#include "underpass.h"
+
+const volatile struct up_knobs knobs SEC(".rodata.knobs");
+
+/* A queued message pins one slab object (struct sk_msg in kmalloc-1k) besides its bytes. */
+#define MESSAGE_COST 1024
+
+/* State of one endpoint. Written under its socket lock only; freed with the socket. */
+struct endpoint {
+	__u64 cookie;
+	__u64 peer;      /* cookie; 0 = not paired */
+	__u64 peer_sock; /* kernel address, only ever read through look() */
+	__u64 shortcut_bytes;
+	__u64 shortcut_messages;
+	__u64 tcp_messages;
+	__u64 mark;  /* value of shortcut_bytes when `newer` began to count */
+	__u32 newer; /* messages since the mark */
+	__u32 older; /* messages between the mark before and the mark */
+	__u64 seen_at;     /* ns: since when the TCP bytes before `seen_copied` wait unread */
+	__u32 seen_copied;
+	__u32 keep_idle;   /* what TCP_KEEPIDLE was before we ticked, seconds */
+	__u32 client_next, server_next; /* handshake numbers: key into `handshakes` */
+	__u32 grant; /* slot that this direction last held */
+	__u8 role;
+	__u8 reason;  /* of the last message, or of the refusal */
+	__u8 on_tcp;  /* a message went by TCP since the last redirect */
+	__u8 leave;   /* the other end will never come: sock_ops takes the socket out of the map */
+	__u8 watched; /* listener: this generation set the SYN-ACK callback */
+	__u8 ticking; /* the keepalive timer runs for us; 2 = the program had it on itself */
+	__u8 pad[2];
+};
+
+/* Written by sock_ops. Full: the connection stays on TCP (map-full). Entries go when a socket closes. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKHASH);
+	__uint(max_entries, 131072);
+	__type(key, __u64);
+	__type(value, __u64);
+} sockets SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct endpoint);
+} endpoints SEC(".maps");
+
+/* Marks listeners on which another program had set the SYN-ACK callback before us, and, cloned by the
+ * kernel, the sockets that they accept: there the flag is not ours to clear. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC | BPF_F_CLONE);
+	__type(key, int);
+	__type(value, __u32);
+} shared_listeners SEC(".maps");
+
+/* How a listener saw a handshake: its namespace, its own end, the client's end. */
+struct view {
+	__u64 netns;
+	struct up_address client;
+	struct up_address server;
+};
+
+struct syn {
+	struct view view;
+	__u64 ambiguous;
+};
+
+/* Client's initial number -> the SYN that a listener of this node is answering. Written by the SYN-ACK
+ * callback, deleted by whichever ESTABLISHED callback comes; LRU, so that a SYN flood only costs pairing. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 16384);
+	__type(key, __u32);
+	__type(value, struct syn);
+} syns SEC(".maps");
+
+struct numbers {
+	__u32 client_next; /* client's snd_nxt = server's rcv_nxt as the handshake ends */
+	__u32 server_next; /* client's rcv_nxt = server's snd_nxt */
+};
+
+struct handshake {
+	struct view view;
+	__u64 client;        /* cookies and addresses of the two sockets */
+	__u64 client_sock;
+	__u64 server_sock;
+	__u64 server;        /* written last; 0 = not yet */
+	__u32 ambiguous;
+	__u32 refused;       /* enum up_reason: the server's socket could not enter */
+};
+
+/* A client that waits to learn its server. Written by both ESTABLISHED callbacks, deleted by the
+ * client's first message or its close; evicted (LRU): the client's direction stays on TCP. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct numbers);
+	__type(value, struct handshake);
+} handshakes SEC(".maps");
+
+/* Directions that hold a deep queue now. Taken with compare-and-swap, taken over once drained.
+ * Full: node-budget. */
+struct grant {
+	__u64 owner; /* cookie of the sending endpoint, 0 = free */
+	__u64 reader;
+	__u64 reader_sock;
+};
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 64);
+	__type(key, __u32);
+	__type(value, struct grant);
+} grants SEC(".maps");
+
+struct holder {
+	__u64 until; /* ns since boot */
+	__u64 held;
+};
+/* Address -> does this node hold it. A cache; LRU. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
+	__type(key, __u32[4]);
+	__type(value, struct holder);
+} holders SEC(".maps");
+
+/* Written by user space. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct up_control);
+} control SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct up_counters);
+} counters SEC(".maps");
+
+/* Written and read by user space only. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct up_about);
+} about SEC(".maps");
+
+/* `down` is under way: no new pairs. */
+static __always_inline bool draining(void)
+{
+	__u32 zero = 0;
+	struct up_control *ctl = bpf_map_lookup_elem(&control, &zero);
+
+	return !ctl || ctl->stop == UP_DRAINING;
+}
+
+static __always_inline bool fault(__u32 one)
+{
+	return (knobs.faults & one) != 0;
+}
+
+static __always_inline struct up_counters *count(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&counters, &zero);
+}
+
+#endif

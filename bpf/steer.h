@@ -1,0 +1,191 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* Rules 2 and 3, for each message of an endpoint in the map: switch only when drained, bound what
+ * waits. Runs under the sender's socket lock, so its own numbers stand still. */
+#ifndef UNDERPASS_STEER_H
+#define UNDERPASS_STEER_H
+
+#include "pair.h"
+#include "peek.h"
+
+/* Could a reader be inside native tcp_recvmsg, where it never sees a redirected byte (MSG_WAITALL, or
+ * one of several readers)? Asked once per switch back from TCP, after the gate has opened: whoever
+ * copied the last TCP byte then still owns the socket, or sleeps in its wait queue, or is gone.
+ * A sleeper in tcp_bpf_recvmsg holds a reference to the psock, one in tcp_recvmsg does not. */
+static __always_inline bool reader_waits_for_tcp(__u64 sock)
+{
+	const struct sock *sk = (const void *)sock;
+	const struct list_head *head, *at;
+	const struct wait_queue_entry *entry;
+	const struct sk_psock *psock;
+	__u32 sleepers = 0;
+	int i;
+
+	if (BPF_CORE_READ(sk, sk_lock.owned))
+		return true;
+	head = (const void *)BPF_CORE_READ(sk, sk_wq);
+	if (!head)
+		return true;
+	head = (const void *)head + bpf_core_field_offset(struct socket_wq, wait.head);
+	at = BPF_CORE_READ(head, next);
+	for (i = 0; i < 8 && at != head; i++) {
+		entry = (const void *)at - bpf_core_field_offset(struct wait_queue_entry, entry);
+		if (!knobs.recv_wake || (__u64)BPF_CORE_READ(entry, func) == knobs.recv_wake)
+			sleepers++;
+		at = BPF_CORE_READ(at, next);
+	}
+	if (at != head)
+		return true;
+	if (!sleepers)
+		return false;
+	psock = psock_of(sk);
+	return sleepers > (__u32)BPF_CORE_READ(psock, refcnt.refs.counter) - 1;
+}
+
+/* A deep queue needs one of the node's few slots. A slot whose reader has drained may be taken over. */
+static __always_inline bool granted(struct endpoint *ep)
+{
+	__u32 base = (__u32)(ep->cookie * 2654435761u), slot = ep->grant & (knobs.grants - 1);
+	struct grant *g = bpf_map_lookup_elem(&grants, &slot);
+	struct reader r;
+	__u64 owner;
+	int i;
+
+	if (g && g->owner == ep->cookie)
+		return true;
+	for (i = 0; i < 8; i++) {
+		slot = (base + i) & (knobs.grants - 1);
+		g = bpf_map_lookup_elem(&grants, &slot);
+		if (!g)
+			return false;
+		owner = g->owner;
+		if (owner && g->reader_sock) {
+			look(g->reader_sock, &r);
+			if (r.cookie == g->reader && r.unread)
+				continue;
+		}
+		if (__sync_val_compare_and_swap(&g->owner, owner, ep->cookie) != owner)
+			continue;
+		g->reader = ep->peer;
+		g->reader_sock = ep->peer_sock;
+		ep->grant = slot;
+		return true;
+	}
+	return false;
+}
+
+static __always_inline bool memory_short(const struct tcp_sock *tp)
+{
+	return knobs.memory_pages &&
+	       (__u64)BPF_CORE_READ(tp, inet_conn.icsk_inet.sk.__sk_common.skc_prot,
+				    memory_allocated, counter) > knobs.memory_pages;
+}
+
+/* The unread messages are those sent since the mark before the last: `older` + `newer`. Once the
+ * reader has consumed up to the mark, `older` is past and a new mark is set. */
+static __always_inline enum up_reason over_budget(struct endpoint *ep, const struct tcp_sock *tp,
+						  __u32 unread, __u32 size)
+{
+	__u32 messages;
+	__u64 cost;
+
+	if (!unread) {
+		ep->mark = ep->shortcut_bytes;
+		ep->older = ep->newer = 0;
+		return UP_SHORTCUT;
+	}
+	if (ep->shortcut_bytes >= ep->mark + unread) {
+		ep->older = ep->newer;
+		ep->newer = 0;
+		ep->mark = ep->shortcut_bytes;
+	}
+	messages = ep->older + ep->newer;
+	cost = (__u64)unread + size + (__u64)messages * MESSAGE_COST;
+	if (cost > knobs.budget_bytes)
+		return UP_BUDGET_BYTES;
+	if (messages >= knobs.budget_messages)
+		return UP_BUDGET_MESSAGES;
+	if ((cost > knobs.shallow_bytes || messages >= knobs.shallow_messages) && !granted(ep))
+		return UP_NODE_BUDGET;
+	return memory_short(tp) ? UP_NODE_MEMORY : UP_SHORTCUT;
+}
+
+static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_sock *sk,
+					     struct endpoint *ep)
+{
+	const struct tcp_sock *tp;
+	struct up_control *ctl;
+	enum up_reason reason;
+	struct reader r = {};
+	__u32 zero = 0;
+
+	ctl = bpf_map_lookup_elem(&control, &zero);
+	if (!ctl)
+		return UP_NO_STATE;
+	if (ctl->stop)
+		return ctl->stop == UP_PAUSED ? UP_PAUSED : UP_DRAINING;
+	if (!ep->peer && !meet_server(ep))
+		return UP_UNPAIRED;
+	if (sk->state != BPF_TCP_ESTABLISHED && sk->state != BPF_TCP_CLOSE_WAIT)
+		return UP_CLOSING;
+	tp = bpf_skc_to_tcp_sock(sk);
+	if (!tp)
+		return UP_NO_STATE;
+	look(ep->peer_sock, &r);
+	if (r.cookie != ep->peer)
+		return UP_PEER_GONE;
+	if (r.shutdown & RCV_SHUTDOWN)
+		return UP_CLOSING;
+	if (r.ulp)
+		return UP_ULP;
+	barrier(); /* or clang joins the two pointers with |, which the verifier refuses */
+	if (tp->inet_conn.icsk_ulp_ops)
+		return UP_ULP;
+	if (r.lowat > 1)
+		return UP_RCVLOWAT;
+	if (ctl->forced && (bpf_get_prandom_u32() & 0xffff) < ctl->forced)
+		return UP_FORCED;
+	if (r.copied_seq != tp->write_seq && !fault(UP_FAULT_NO_GATE | UP_FAULT_ADDRESS_KEYS))
+		return UP_TCP_UNREAD;
+	if (ep->on_tcp && !fault(UP_FAULT_NO_GATE | UP_FAULT_BLIND_READER) &&
+	    reader_waits_for_tcp(ep->peer_sock))
+		return UP_READER_WAITS;
+	if (!fault(UP_FAULT_NO_BUDGET)) {
+		reason = over_budget(ep, tp, r.unread, msg->size);
+		if (reason != UP_SHORTCUT)
+			return reason;
+	}
+	if (bpf_msg_redirect_hash(msg, &sockets, &ep->peer, BPF_F_INGRESS) != SK_PASS)
+		return UP_PEER_GONE;
+	return UP_SHORTCUT;
+}
+
+static __always_inline int steer(struct sk_msg_md *msg)
+{
+	struct bpf_sock *sk = msg->sk;
+	struct up_counters *c = count();
+	struct endpoint *ep = sk ? bpf_sk_storage_get(&endpoints, sk, 0, 0) : 0;
+	enum up_reason reason = ep ? decide(msg, sk, ep) : UP_NO_STATE;
+
+	if (c) {
+		c->messages[reason]++;
+		if (reason == UP_SHORTCUT)
+			c->shortcut_bytes += msg->size;
+	}
+	if (!ep)
+		return SK_PASS;
+	ep->reason = reason;
+	if (reason == UP_SHORTCUT) {
+		ep->on_tcp = 0;
+		ep->shortcut_bytes += msg->size;
+		ep->shortcut_messages++;
+		ep->newer++;
+	} else {
+		ep->on_tcp = 1;
+		ep->tcp_messages++;
+		if (fault(UP_FAULT_SK_DROP))
+			return SK_DROP;
+	}
+	return SK_PASS;
+}
+
+#endif

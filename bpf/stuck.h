@@ -1,0 +1,119 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* Readers that would sleep for ever. TCP bytes that arrive behind unread redirected ones have had
+ * their wake-up before the reader gets to them: an edge-triggered reader that takes a short read for
+ * the end (as epoll(7) allows), or asks FIONREAD on a kernel that does not count them, then waits for
+ * an event that does not come. nginx does both.
+ *
+ * So an endpoint in the map that sends a TCP packet (an ACK, a probe) looks at itself: TCP bytes that
+ * still wait where they waited, and nothing redirected before them, mean a reader that missed them. It
+ * leaves the map for good and is woken. The keepalive timer makes sure that a packet comes. */
+#ifndef UNDERPASS_STUCK_H
+#define UNDERPASS_STUCK_H
+
+#include "pair.h"
+#include "peek.h"
+
+#define SOL_SOCKET 1
+#define SO_KEEPALIVE 9
+#define SO_RCVLOWAT 18
+#define TCP_KEEPIDLE 4
+#define PATIENCE_NS 150000000ull /* shorter than the shortest probe interval, 200 ms */
+#define FIRST_READ 512           /* a first message up to this is read in one go */
+
+/* Let the keepalive timer send a packet once a second of silence. */
+static __always_inline void start_ticking(struct bpf_sock_ops *ctx, struct endpoint *ep)
+{
+	int on = 0, idle = 0, one = 1;
+
+	if (bpf_getsockopt(ctx, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on)) ||
+	    bpf_getsockopt(ctx, SOL_TCP, TCP_KEEPIDLE, &idle, sizeof(idle)))
+		return;
+	ep->keep_idle = idle;
+	ep->ticking = on ? 2 : 1;
+	bpf_setsockopt(ctx, SOL_TCP, TCP_KEEPIDLE, &one, sizeof(one));
+	if (!on)
+		bpf_setsockopt(ctx, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof(one));
+}
+
+static __always_inline void stop_ticking(struct bpf_sock_ops *ctx, struct endpoint *ep)
+{
+	int idle = ep->keep_idle, off = 0;
+
+	if (ep->ticking == 1)
+		bpf_setsockopt(ctx, SOL_SOCKET, SO_KEEPALIVE, &off, sizeof(off));
+	bpf_setsockopt(ctx, SOL_TCP, TCP_KEEPIDLE, &idle, sizeof(idle));
+	ep->ticking = 0;
+}
+
+static __always_inline void leave(struct bpf_sock_ops *ctx, struct endpoint *ep,
+				  enum up_reason reason)
+{
+	struct numbers key = {ep->client_next, ep->server_next};
+	struct handshake *shake;
+
+	if (ep->role == UP_SERVER) {
+		shake = bpf_map_lookup_elem(&handshakes, &key);
+		if (shake)
+			shake->refused = reason;
+	} else {
+		bpf_map_delete_elem(&handshakes, &key);
+	}
+	bpf_map_delete_elem(&sockets, &ep->cookie);
+	ep->reason = reason;
+	count_socket(reason);
+	clear_flags(ctx, BUILD_FLAG | CLOSE_FLAG);
+}
+
+/* The client has spoken by TCP and knows of no server yet, so it has redirected nothing to us. */
+static __always_inline bool tcp_came_first(const struct endpoint *ep)
+{
+	struct numbers key = {ep->client_next, ep->server_next};
+
+	return ep->role == UP_SERVER && bpf_map_lookup_elem(&handshakes, &key);
+}
+
+static __always_inline void on_packet(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct tcp_sock *tp;
+	struct endpoint *ep;
+	int lowat = 0;
+	__u32 copied;
+	__u64 now;
+
+	ep = sk ? bpf_sk_storage_get(&endpoints, sk, 0, 0) : 0;
+	if (!ep || !ep->role)
+		return;
+	if (ep->leave) /* no one redirects to it: its server never entered */
+		return leave(ctx, ep, UP_PEER_REFUSED);
+	tp = bpf_skc_to_tcp_sock(sk);
+	if (!tp)
+		return;
+	now = bpf_ktime_get_ns();
+	copied = tp->copied_seq;
+	if (tp->rcv_nxt == copied) {
+		if (ep->ticking && now - ep->seen_at > PATIENCE_NS)
+			stop_ticking(ctx, ep);
+		return;
+	}
+	if (knobs.fionread_broken && tp->rcv_nxt - copied > FIRST_READ && tcp_came_first(ep)) {
+		leave(ctx, ep, UP_TCP_FIRST);
+		return;
+	}
+	if (!ep->ticking)
+		start_ticking(ctx, ep);
+	if (!ep->seen_at || ep->seen_copied != copied) {
+		ep->seen_copied = copied;
+		ep->seen_at = now;
+		return;
+	}
+	if (now - ep->seen_at < PATIENCE_NS || has_unread((const struct sock *)tp))
+		return;
+	stop_ticking(ctx, ep);
+	leave(ctx, ep, UP_READER_STUCK);
+	/* Setting SO_RCVLOWAT wakes whoever has bytes to read (tcp_set_rcvlowat). */
+	if (!bpf_getsockopt(ctx, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat)))
+		bpf_setsockopt(ctx, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat));
+}
+
+#endif

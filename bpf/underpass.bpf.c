@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+/* underpass, the kernel side. Hooks, in the order in which a connection meets them:
+ *
+ *   sock_ops      up_handshake   proves that both ends of a connection are here, pairs them (pair.h),
+ *                                frees readers that got stuck between the paths (stuck.h)
+ *   sk_msg        up_steer       each message: shortcut or TCP, and why (steer.h)
+ *   iter/tcp      up_arm         listeners that stood before: answer SYNs with the proof callback
+ *   iter/tcp      up_disarm      takes that back
+ *   iter/tcp      up_wake        wakes readers that may have missed TCP bytes while in the map
+ *   iter/tcp      up_sockets     lists the TCP sockets of a namespace, for `explain`
+ *   iter/sockmap  up_list        lists the endpoints in the map (walk.h)
+ *   iter/sockmap  up_drain       takes the endpoints out that hold nothing unread, lists the others
+ *
+ * Whatever is in doubt is plain TCP: every program lets the kernel go on as if it were not there. */
+#include "steer.h"
+#include "stuck.h"
+#include "walk.h"
+
+SEC("sockops")
+int up_handshake(struct bpf_sock_ops *ctx)
+{
+	switch (ctx->op) {
+	case BPF_SOCK_OPS_HDR_OPT_LEN_CB:
+		if (ctx->is_fullsock)
+			on_packet(ctx);
+		else /* a request: this is its SYN-ACK */
+			on_syn_ack(ctx);
+		break;
+	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
+		on_client(ctx);
+		break;
+	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
+		on_server(ctx);
+		break;
+	case BPF_SOCK_OPS_STATE_CB:
+		on_client_state(ctx);
+		break;
+	case BPF_SOCK_OPS_TCP_LISTEN_CB:
+		on_listen(ctx);
+		break;
+	}
+	return 1;
+}
+
+SEC("sk_msg")
+int up_steer(struct sk_msg_md *msg)
+{
+	return steer(msg);
+}
+
+SEC("iter/tcp")
+int up_arm(struct bpf_iter__tcp *ctx)
+{
+	arm(ctx, true);
+	return 0;
+}
+
+SEC("iter/tcp")
+int up_disarm(struct bpf_iter__tcp *ctx)
+{
+	arm(ctx, false);
+	return 0;
+}
+
+SEC("iter/tcp")
+int up_sockets(struct bpf_iter__tcp *ctx)
+{
+	struct sock_common *skc = ctx->sk_common;
+	struct up_record r = {};
+	struct endpoint *ep;
+	struct tcp_sock *tp;
+
+	tp = skc ? bpf_skc_to_tcp_sock(skc) : 0;
+	if (!tp)
+		return 0;
+	ep = bpf_sk_storage_get(&endpoints, (struct sock *)tp, 0, 0);
+	fill(&r, (const struct sock *)tp, ep);
+	bpf_seq_write(ctx->meta->seq, &r, sizeof(r));
+	return 0;
+}
+
+SEC("iter/tcp")
+int up_wake(struct bpf_iter__tcp *ctx)
+{
+	wake(ctx);
+	return 0;
+}
+
+SEC("iter/sockmap")
+int up_list(struct bpf_iter__sockmap *ctx)
+{
+	struct sock *sk = ctx->sk;
+
+	if (sk)
+		record(ctx, sk);
+	return 0;
+}
+
+/* Deleting an endpoint throws its unread bytes away (sk_psock_drop), so only drained ones go. User
+ * space has set UP_DRAINING and waited out redirects in flight before it runs this. */
+SEC("iter/sockmap")
+int up_drain(struct bpf_iter__sockmap *ctx)
+{
+	const __u64 *at = ctx->key;
+	struct sock *sk = ctx->sk;
+	__u64 key;
+
+	if (!sk || !at)
+		return 0;
+	key = *at;
+	if (has_unread(sk) && !fault(UP_FAULT_DRAIN_UNREAD)) {
+		record(ctx, sk);
+		return 0;
+	}
+	bpf_map_delete_elem(&sockets, &key);
+	return 0;
+}
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";

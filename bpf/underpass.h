@@ -1,0 +1,128 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* The ABI between the programs and user space. Mirrored by src/underpass/abi.py, checked by tests/unit.
+ * Fixed-width types only; every struct is a multiple of 8 bytes with no hidden padding. */
+#ifndef UNDERPASS_H
+#define UNDERPASS_H
+
+#define UP_ABI 1
+
+/* Why a message took its path, or why a connection did not become a pair.
+ * The metric labels, the CLI's words and the docs come from this one list: name, word. */
+#define UP_REASONS(X)                                                                                \
+	X(SHORTCUT, "shortcut")                   /* the message went by the shortcut */                  \
+	X(NO_MESSAGE, "no-message-yet")           /* the direction has not sent anything */               \
+	X(UNPAIRED, "unpaired")                   /* the other end has not finished its handshake yet */  \
+	X(TCP_UNREAD, "tcp-unread")               /* the gate: bytes sent by TCP are not consumed yet */  \
+	X(READER_WAITS, "reader-waits-for-tcp")   /* a reader sleeps inside native recv (MSG_WAITALL) */  \
+	X(BUDGET_BYTES, "budget-bytes")           /* too many bytes wait unread in this direction */      \
+	X(BUDGET_MESSAGES, "budget-messages")     /* too many messages wait unread in this direction */   \
+	X(NODE_BUDGET, "node-budget")             /* too many directions of the node hold deep queues */  \
+	X(NODE_MEMORY, "node-memory")             /* the node's TCP memory is near its pressure mark */   \
+	X(PEER_GONE, "peer-gone")                 /* the other socket closed, or left the map */          \
+	X(CLOSING, "closing")                     /* one side has shut down: TCP gives the errors */      \
+	X(ULP, "ulp")                             /* kTLS or another upper layer protocol took a socket */ \
+	X(RCVLOWAT, "rcvlowat")                   /* the reader set SO_RCVLOWAT above 1 */                \
+	X(PAUSED, "paused")                       /* `underpass pause` */                                 \
+	X(DRAINING, "draining")                   /* `underpass down` is under way */                     \
+	X(FORCED, "forced")                       /* a test asked for TCP */                              \
+	X(NO_STATE, "no-state")                   /* the endpoint's own state could not be read */        \
+	X(NOT_LOCAL, "not-local")                 /* client: no listener of this node answered its SYN */ \
+	X(REMOTE_CLIENT, "remote-client")         /* server: the client is not on this node */            \
+	X(AMBIGUOUS, "ambiguous")                 /* two handshakes at once look alike */                 \
+	X(ADDRESS_MISMATCH, "address-mismatch")   /* mirrored numbers, but the addresses do not agree */  \
+	X(SELF_CONNECT, "self-connect")           /* the socket talks to itself */                        \
+	X(MAP_FULL, "map-full")                   /* the sockhash is at its capacity */                   \
+	X(SOCKET_BUSY, "socket-busy")             /* another product holds the socket in a sockmap */     \
+	X(NOT_SUITABLE, "not-suitable")           /* the kernel refused the socket (ULP, MPTCP, state) */ \
+	X(NO_MEMORY, "no-memory")                 /* state for the endpoint could not be allocated */     \
+	X(PEER_REFUSED, "peer-refused")           /* the other end of a proven pair could not enter */    \
+	X(READER_STUCK, "reader-stuck")           /* left: its reader missed TCP bytes behind others */   \
+	X(TCP_FIRST, "tcp-first")                 /* left: the client spoke by TCP before it was paired */
+
+enum up_reason {
+#define X(name, word) UP_##name,
+	UP_REASONS(X)
+#undef X
+	UP_REASON_MAX
+};
+
+/* Known-bad twins, each leaving out one rule. For tests that prove that they would notice; 0 in life. */
+enum up_fault {
+	UP_FAULT_NO_GATE = 1 << 0,      /* rule 2: redirect although TCP bytes are unread */
+	UP_FAULT_NO_BUDGET = 1 << 1,    /* rule 3: let any amount wait */
+	UP_FAULT_NO_PROOF = 1 << 2,     /* rule 1: every client enters the map */
+	UP_FAULT_ADDRESS_KEYS = 1 << 3, /* rule 1: pair by address and port, no namespace, no numbers */
+	UP_FAULT_DRAIN_UNREAD = 1 << 4, /* drain: delete endpoints that hold unread bytes */
+	UP_FAULT_SK_DROP = 1 << 5,      /* rule 5: answer a doubt with SK_DROP */
+	UP_FAULT_BLIND_READER = 1 << 6, /* rule 2: do not look for readers asleep in native recv */
+};
+
+enum up_role { UP_CLIENT = 1, UP_SERVER = 2 };
+
+/* The one element of map `.rodata.knobs`: set before load, then constant. The verifier removes what
+ * they switch off. */
+struct up_knobs {
+	__u32 faults;           /* enum up_fault */
+	__u32 cgroup_level;     /* depth of the subtree's root below the cgroup root */
+	__u64 cgroup_id;        /* subtree root, 0 = every cgroup */
+	__u32 budget_bytes;     /* per direction: bytes unread, the queue's own objects included */
+	__u32 budget_messages;  /* per direction: messages unread */
+	__u32 shallow_bytes;    /* what a direction may hold without one of the node's grants */
+	__u32 shallow_messages;
+	__u32 grants;           /* power of two: directions that may hold deep queues at once */
+	__u32 rdonly_cast;      /* 1 = the kernel has bpf_rdonly_cast */
+	__u32 fionread_broken;  /* 1 = FIONREAD does not count TCP bytes of sockets in a map */
+	__u32 pad;
+	__u64 memory_pages;     /* above this much TCP memory of the node nothing more may wait, 0 = no limit */
+	__u64 recv_wake;        /* address of woken_wake_function, 0 = unknown */
+};
+
+/* The one element of map `about`: what this generation is. Programs do not read it. */
+struct up_about {
+	__u32 abi;
+	__u32 capacity; /* pairs */
+	struct up_knobs knobs;
+	char version[32];
+	char cgroup[512];
+};
+
+/* The one element of map `control`; written by user space, read by every message. */
+struct up_control {
+	__u32 stop;   /* 0, or the reason for which every message goes by TCP: UP_PAUSED, UP_DRAINING */
+	__u32 forced; /* tests: of 65536 messages, about this many are forced onto TCP */
+};
+
+/* The one element of map `counters`, per CPU. */
+struct up_counters {
+	__u64 messages[UP_REASON_MAX];    /* by reason; [SHORTCUT] went by the shortcut */
+	__u64 connections[UP_REASON_MAX]; /* refused sockets by reason; [SHORTCUT] counts pairs made */
+	__u64 shortcut_bytes;
+};
+
+/* An address with its port; IPv4 as IPv4-mapped IPv6, so that dual-stack sockets compare equal. */
+struct up_address {
+	__u32 ip[4]; /* network order */
+	__u32 port;  /* host order */
+};
+
+/* One line of the socket list, as the iterators write it. */
+struct up_record {
+	__u64 cookie;
+	__u64 peer; /* cookie of the other end, 0 = not paired */
+	__u64 shortcut_bytes;
+	__u64 shortcut_messages;
+	__u64 tcp_messages;
+	struct up_address local;
+	struct up_address remote;
+	__u32 netns;   /* inode of the network namespace */
+	__u32 unread;  /* redirected bytes that wait for this endpoint's reader */
+	__u8 role;     /* enum up_role, 0 = unknown */
+	__u8 reason;   /* enum up_reason of the last message, or of the refusal */
+	__u8 state;    /* TCP state */
+	__u8 in_map;   /* sockets: 1 = this generation holds it */
+	__u8 covered;  /* sockets: 1 = inside the attached cgroup */
+	__u8 armed;    /* listeners: 1 = answers SYNs with the proof callback */
+	__u8 pad[2];
+};
+
+#endif

@@ -1,0 +1,118 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* Iterators: what user space runs over sockets that already are. They arm listeners, list, drain. */
+#ifndef UNDERPASS_WALK_H
+#define UNDERPASS_WALK_H
+
+#include "pair.h"
+#include "peek.h"
+#include "stuck.h"
+
+#define TCP_BPF_SOCK_OPS_CB_FLAGS 1008
+
+/* Inside the subtree that sock_ops is attached to? */
+static __always_inline bool covered(const struct sock *sk)
+{
+	const struct cgroup *cgrp = BPF_CORE_READ(sk, sk_cgrp_data.cgroup);
+	const void *slot;
+	const struct cgroup *at = 0;
+
+	if (!knobs.cgroup_id)
+		return true;
+	if (!cgrp || BPF_CORE_READ(cgrp, level) < (int)knobs.cgroup_level)
+		return false;
+	slot = (const void *)cgrp + bpf_core_field_offset(struct cgroup, ancestors) +
+	       knobs.cgroup_level * sizeof(void *);
+	bpf_probe_read_kernel(&at, sizeof(at), slot);
+	return at && BPF_CORE_READ(at, kn, id) == knobs.cgroup_id;
+}
+
+static __always_inline bool set_flags(struct tcp_sock *tp, int flags)
+{
+	return !bpf_setsockopt(tp, SOL_TCP, TCP_BPF_SOCK_OPS_CB_FLAGS, &flags, sizeof(flags));
+}
+
+static __always_inline void arm(struct bpf_iter__tcp *ctx, bool on)
+{
+	struct sock_common *skc = ctx->sk_common;
+	struct endpoint *ep;
+	struct tcp_sock *tp;
+	int flags;
+
+	if (!skc || skc->skc_state != BPF_TCP_LISTEN)
+		return;
+	tp = bpf_skc_to_tcp_sock(skc);
+	if (!tp || !covered((const struct sock *)tp))
+		return;
+	flags = tp->bpf_sock_ops_cb_flags;
+	ep = bpf_sk_storage_get(&endpoints, (struct sock *)tp, 0, on ? BPF_SK_STORAGE_GET_F_CREATE : 0);
+	if (!ep || ep->watched == on)
+		return;
+	if (on && (flags & BUILD_FLAG))
+		bpf_sk_storage_get(&shared_listeners, (struct sock *)tp, 0,
+				   BPF_SK_STORAGE_GET_F_CREATE);
+	else if (!on && bpf_sk_storage_get(&shared_listeners, (struct sock *)tp, 0, 0))
+		bpf_sk_storage_delete(&shared_listeners, (struct sock *)tp);
+	else if (!set_flags(tp, on ? flags | BUILD_FLAG : flags & ~BUILD_FLAG))
+		return;
+	ep->watched = on;
+}
+
+/* A reader that has left the map may sleep although TCP bytes wait: see stuck.h. */
+static __always_inline void wake(struct bpf_iter__tcp *ctx)
+{
+	struct sock_common *skc = ctx->sk_common;
+	struct endpoint *ep;
+	struct tcp_sock *tp;
+	int lowat;
+
+	tp = skc ? bpf_skc_to_tcp_sock(skc) : 0;
+	if (!tp || tp->rcv_nxt == tp->copied_seq)
+		return;
+	ep = bpf_sk_storage_get(&endpoints, (struct sock *)tp, 0, 0);
+	if (!ep || !ep->role)
+		return;
+	lowat = tp->inet_conn.icsk_inet.sk.sk_rcvlowat;
+	bpf_setsockopt(tp, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat));
+}
+
+static __always_inline void fill(struct up_record *r, const struct sock *sk, const struct endpoint *ep)
+{
+	const struct sock_common *skc = &sk->__sk_common;
+
+	r->local.port = BPF_CORE_READ(skc, skc_num);
+	r->remote.port = bpf_ntohs(BPF_CORE_READ(skc, skc_dport));
+	if (BPF_CORE_READ(skc, skc_family) == AF_INET) {
+		r->local.ip[2] = r->remote.ip[2] = bpf_htonl(0xffff);
+		r->local.ip[3] = BPF_CORE_READ(skc, skc_rcv_saddr);
+		r->remote.ip[3] = BPF_CORE_READ(skc, skc_daddr);
+	} else {
+		BPF_CORE_READ_INTO(&r->local.ip, skc, skc_v6_rcv_saddr);
+		BPF_CORE_READ_INTO(&r->remote.ip, skc, skc_v6_daddr);
+	}
+	r->netns = BPF_CORE_READ(skc, skc_net.net, ns.inum);
+	r->state = BPF_CORE_READ(skc, skc_state);
+	r->covered = covered(sk);
+	r->cookie = BPF_CORE_READ(skc, skc_cookie.counter);
+	if (!ep)
+		return;
+	r->peer = ep->peer;
+	r->shortcut_bytes = ep->shortcut_bytes;
+	r->shortcut_messages = ep->shortcut_messages;
+	r->tcp_messages = ep->tcp_messages;
+	r->role = ep->role;
+	r->reason = ep->reason;
+	r->armed = ep->watched;
+}
+
+static __always_inline void record(struct bpf_iter__sockmap *ctx, struct sock *sk)
+{
+	struct up_record r = {};
+
+	fill(&r, sk, bpf_sk_storage_get(&endpoints, sk, 0, 0));
+	r.in_map = 1;
+	if (has_unread(sk)) /* at least 1, should the charge not show it */
+		r.unread = BPF_CORE_READ(sk, sk_backlog.rmem_alloc.counter) ?: 1;
+	bpf_seq_write(ctx->meta->seq, &r, sizeof(r));
+}
+
+#endif

@@ -1,0 +1,107 @@
+"""Mirror of ``bpf/underpass.h``: what the programs and user space exchange.
+
+Sizes and offsets are compared with the header's by ``tests/unit``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ipaddress
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from underpass.model import Reason
+
+ABI = 1
+REASONS = len(Reason)
+
+u8, u32, u64 = ctypes.c_uint8, ctypes.c_uint32, ctypes.c_uint64
+
+
+class Knobs(ctypes.Structure):
+    """``struct up_knobs``."""
+
+    _fields_ = [
+        ("faults", u32),
+        ("cgroup_level", u32),
+        ("cgroup_id", u64),
+        ("budget_bytes", u32),
+        ("budget_messages", u32),
+        ("shallow_bytes", u32),
+        ("shallow_messages", u32),
+        ("grants", u32),
+        ("rdonly_cast", u32),
+        ("fionread_broken", u32),
+        ("pad", u32),
+        ("memory_pages", u64),
+        ("recv_wake", u64),
+    ]
+
+
+class About(ctypes.Structure):
+    """``struct up_about``."""
+
+    _fields_ = [
+        ("abi", u32),
+        ("capacity", u32),
+        ("knobs", Knobs),
+        ("version", ctypes.c_char * 32),
+        ("cgroup", ctypes.c_char * 512),
+    ]
+
+
+class Control(ctypes.Structure):
+    """``struct up_control``."""
+
+    _fields_ = [("stop", u32), ("forced", u32)]
+
+
+class Counters(ctypes.Structure):
+    """``struct up_counters``, one per CPU."""
+
+    _fields_ = [
+        ("messages", u64 * REASONS),
+        ("connections", u64 * REASONS),
+        ("shortcut_bytes", u64),
+    ]
+
+
+class Record(NamedTuple):
+    """``struct up_record``, in its order."""
+
+    cookie: int
+    peer: int
+    shortcut_bytes: int
+    shortcut_messages: int
+    tcp_messages: int
+    local_ip: bytes
+    local_port: int
+    remote_ip: bytes
+    remote_port: int
+    netns: int
+    unread: int
+    role: int
+    reason: int
+    state: int
+    in_map: int
+    covered: int
+    armed: int
+
+
+RECORD = struct.Struct("=5Q16sI16sI2I6B2x")
+CLIENT, SERVER = 1, 2
+TCP_LISTEN = 10
+
+
+def records(data: bytes) -> Iterator[Record]:
+    """The records in what an iterator wrote; a trailing fragment is dropped."""
+    whole = len(data) - len(data) % RECORD.size
+    return (Record(*fields) for fields in RECORD.iter_unpack(memoryview(data)[:whole]))
+
+
+def address(raw: bytes) -> str:
+    """``struct up_address.ip`` as text; IPv4-mapped as plain IPv4."""
+    if raw[:12] == b"\0" * 10 + b"\xff\xff":
+        return f"{raw[12]}.{raw[13]}.{raw[14]}.{raw[15]}"
+    return str(ipaddress.IPv6Address(raw))

@@ -1,0 +1,85 @@
+"""The command line: one file a command, thin over the rest. ``main`` is the entry point."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from underpass import __version__
+from underpass.cli import output
+from underpass.errors import UnderpassError
+
+#: Command -> module of this package that holds it, imported when it is used.
+_COMMANDS = {
+    "up": "up",
+    "down": "down",
+    "status": "status",
+    "connections": "connections",
+    "explain": "explain",
+    "pause": "pause",
+    "resume": "pause",
+    "doctor": "doctor",
+    "bench": "bench",
+}
+
+
+class _Commands(click.Group):
+    """Imports a command's module only when it is called: `status` need not load `bench`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"underpass.cli.{_COMMANDS[name]}")
+        command: click.Command = getattr(module, name)
+        return command
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="underpass")
+@click.option(
+    "--pins",
+    type=click.Path(path_type=Path),
+    default=Path("/sys/fs/bpf/underpass"),
+    show_default=True,
+    help="Pin directory of the generation to act on (in a bpffs).",
+)
+@click.pass_context
+def cli(ctx: click.Context, pins: Path) -> None:
+    """TCP between processes of this node passes under the TCP/IP stack.
+
+    Faster where it helps, plain TCP everywhere else. Start with `underpass doctor`, then
+    `underpass up`; `underpass connections` shows what took the shortcut, `underpass explain` why.
+
+    Exit codes: 0 ok, 1 a check failed or an operation did not complete, 2 usage,
+    4 kernel unsupported.
+    """
+    ctx.obj = pins.absolute()
+
+
+def main() -> None:
+    """Run the command line; every error ends in one line on stderr and an exit code."""
+    try:
+        code = cli.main(prog_name="underpass", standalone_mode=False)
+        sys.stdout.flush()
+    except UnderpassError as error:
+        output.fail(str(error), error.exit_code)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "underpass"
+        output.fail(f"{error.format_message().rstrip('.')}; see `{command} --help`", 2)
+    except click.Abort:
+        output.fail("interrupted; run the command again to go on", 130)
+    except click.ClickException as error:
+        output.fail(error.format_message(), 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        output.fail(f"cannot go on: {error}; run `underpass doctor`", 1)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,210 @@
+"""`underpass bench`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from underpass import namespaces
+from underpass.bench import afunix, bed, chart, report, runner
+from underpass.bench.compare import Outcome, Placement, failures
+from underpass.bench.programs import WORKLOADS, missing
+from underpass.cli import output
+from underpass.dataplane import DEFAULT_PINS
+from underpass.errors import UnderpassError, Usage
+
+_PLACEMENTS = ("one-core", "two-cores", "free")
+
+
+class _Stopped(Exception):
+    """SIGINT or SIGTERM came."""
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """The first SIGINT or SIGTERM stops the work, later ones do not disturb the cleaning up."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
+        raise _Stopped(signal.Signals(number).name)
+
+    old = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except _Stopped as stopped:
+        raise UnderpassError(
+            "finish", "the benchmark", f"{stopped} came; all it made is removed", "run it again"
+        ) from None
+    finally:
+        for each, handler in old.items():
+            signal.signal(each, handler)
+
+
+def _choose_placements(name: str, cpus: str | None) -> tuple[Placement, ...]:
+    allowed = sorted(os.sched_getaffinity(0))
+    try:
+        chosen = [int(word) for word in cpus.split(",")] if cpus else allowed[:2]
+    except ValueError:
+        raise Usage("use", f"--cpus {cpus}", "not numbers", "say for example 0,1") from None
+    if not set(chosen) <= set(allowed):
+        raise Usage("use", f"--cpus {cpus}", f"allowed are {allowed}", "choose of these")
+    names = ("one-core", "two-cores") if name == "both" else (name,)
+    if "two-cores" in names and len(chosen) < 2:
+        if name != "both":
+            raise Usage("use", "two-cores", "there is one core", "say --placement one-core")
+        names = ("one-core",)
+    kinds = {
+        "one-core": ((chosen[0],), (chosen[0],)),
+        "two-cores": ((chosen[0],), (chosen[-1],)),
+        "free": (tuple(chosen), tuple(chosen)),
+    }
+    return tuple(Placement(each, *kinds[each]) for each in names)
+
+
+class _Reporter:
+    """A bar on a terminal; elsewhere a line every so often."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._count, self._said = total, 0, time.monotonic()
+        self._bar: Progress | None = None
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+
+    def __enter__(self) -> _Reporter:
+        if self._bar:
+            self._bar.start()
+            self._task = self._bar.add_task("starting", total=self._total)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def done(self, what: str) -> None:
+        self._count += 1
+        if self._bar:
+            self._bar.update(self._task, advance=1, description=what)
+        elif time.monotonic() - self._said > 20:
+            self._said = time.monotonic()
+            click.echo(f"{self._count} of {self._total} runs done, now at {what}", err=True)
+
+
+@click.command()
+@click.option("--workload", type=click.Choice(list(WORKLOADS)), default="qperf", show_default=True)
+@click.option(
+    "--path",
+    "way",
+    default="bridge",
+    show_default=True,
+    metavar="bridge|iptables:N|ovs",
+    help="What lies between the two namespaces.",
+)
+@click.option(
+    "--placement",
+    type=click.Choice([*_PLACEMENTS, "both"]),
+    help="Cores of the two ends.  [default: both for qperf (one-core with --quick), else free]",
+)
+@click.option("--cpus", metavar="A,B", help="Cores to use.  [default: the first two allowed]")
+@click.option("--rounds", type=click.IntRange(1, 100), help="Runs per mode.  [default: 5]")
+@click.option(
+    "--seconds", type=click.IntRange(1, 600), default=1, show_default=True, help="Of every run."
+)
+@click.option("--quick", is_flag=True, help="About 75 seconds: 2 rounds, one core.")
+@click.option(
+    "--output",
+    "directory",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write results.json, chart.png and chart.svg there.",
+)
+@output.json_option
+@click.pass_obj
+def bench(  # noqa: PLR0913, PLR0917 - one argument an option
+    pins: Path,
+    workload: str,
+    way: str,
+    placement: str | None,
+    cpus: str | None,
+    rounds: int | None,
+    seconds: int,
+    quick: bool,
+    directory: Path | None,
+    as_json: bool,
+) -> None:
+    """Default against shortcut, measured here and now with the real programs.
+
+    Two network namespaces, a cgroup and a generation of its own; a running installation is not
+    touched. Fails if the kernel's counters do not bear the comparison out.
+    """
+    chosen = WORKLOADS[workload]
+    if placement is None:
+        placement = "free" if workload != "qperf" else "one-core" if quick else "both"
+    plan = runner.Plan(
+        chosen,
+        _choose_placements(placement, cpus),
+        rounds or (2 if quick else 5),
+        seconds,
+        (100 if quick else 200) if chosen.unix and afunix.available() else 0,
+    )
+    path = bed.Way.parse(way)
+    if os.geteuid() != 0:
+        raise UnderpassError("run", "the benchmark", "it makes namespaces", "run as root")
+    missing(chosen)
+    root = namespaces.find_cgroup2()
+    runner.refuse_if_covered(root, [DEFAULT_PINS, pins])
+    if chosen.unix and not afunix.available():
+        click.echo("no AF_UNIX columns: this build has no afunix program", err=True)
+    started = time.time()
+    with _interruptible():
+        bed.sweep(root)
+        with bed.Bed(root, path) as here, runner.generation(here) as plane:
+            rows = len(chosen.measures(here.directory, seconds))
+            minutes = plan.estimate(rows) / 60
+            click.echo(f"{rows} rows, about {minutes:.1f} minutes; {path}", err=True)
+            total = rows * len(plan.placements) * plan.rounds * len(plan.modes)
+            with _Reporter(total) as reporter:
+                outcomes = runner.Comparison(plan, here, plane, reporter.done).run()
+    _show(report.document(plan, path, outcomes, started), outcomes, plan, directory, as_json)
+
+
+def _show(
+    document: dict[str, object],
+    outcomes: list[Outcome],
+    plan: runner.Plan,
+    directory: Path | None,
+    as_json: bool,
+) -> None:
+    if as_json:
+        output.print_json(document)
+    else:
+        report.print_tables(outcomes, plan, document, output.console())
+    if directory:
+        report.write(document, directory)
+        problem = chart.draw(outcomes, plan, document, directory)
+        if problem:
+            click.echo(problem, err=True)
+    wrong = failures(outcomes)
+    for line in wrong:
+        click.echo(f"NOT PROVEN: {line}", err=True)
+    if wrong:
+        raise UnderpassError(
+            "believe", "this comparison", f"{len(wrong)} runs are not what they claim; "
+            f"first: {wrong[0]}", "see `underpass doctor`"
+        )  # fmt: skip

@@ -1,0 +1,52 @@
+"""`underpass connections`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.table import Table
+
+from underpass.cli import output
+from underpass.dataplane import Dataplane
+from underpass.errors import NotLoaded
+from underpass.model import Direction, Pair
+
+
+@click.command()
+@output.json_option
+@click.pass_obj
+def connections(pins: Path, as_json: bool) -> None:
+    """The pairs that are open now, with the path of each direction and why."""
+    pairs: list[Pair] = []
+    up = True
+    try:
+        with Dataplane.open(pins) as plane:
+            pairs = plane.pairs()
+    except NotLoaded:
+        up = False
+    if as_json:
+        output.print_json(pairs)
+        return
+    if not pairs:
+        click.echo("no open pairs" if up else "no open pairs: underpass is not up")
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("CLIENT", "NETNS", "SERVER", "NETNS", "CLIENT TO SERVER", "SERVER TO CLIENT"):
+        table.add_column(title, overflow="fold")
+    for pair in pairs:
+        table.add_row(
+            str(pair.client),
+            pair.client.netns,
+            str(pair.server),
+            pair.server.netns,
+            _words(pair.client_to_server),
+            _words(pair.server_to_client),
+        )
+    output.console().print(table)
+
+
+def _words(direction: Direction) -> str:
+    if direction.path == "shortcut":
+        return f"shortcut, {output.size(direction.shortcut_bytes)}"
+    return f"tcp ({direction.reason}), {output.size(direction.shortcut_bytes)} by shortcut before"

@@ -1,0 +1,27 @@
+"""`underpass pause` and `underpass resume`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from underpass.dataplane import Dataplane
+
+
+@click.command()
+@click.pass_obj
+def pause(pins: Path) -> None:
+    """Send everything by TCP at once; pairs are kept, nothing is lost."""
+    with Dataplane.open(pins) as plane:
+        plane.set_paused(True)
+    click.echo("underpass is paused: every message takes TCP; `underpass resume` goes back")
+
+
+@click.command()
+@click.pass_obj
+def resume(pins: Path) -> None:
+    """Let pairs use the shortcut again, each once its reader has read what went by TCP."""
+    with Dataplane.open(pins) as plane:
+        plane.set_paused(False)
+    click.echo("underpass is active")

@@ -1,0 +1,78 @@
+"""`underpass status`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from underpass import __version__
+from underpass.cli import output
+from underpass.dataplane import Dataplane
+from underpass.errors import NotLoaded
+from underpass.model import REFUSALS, TCP_REASONS, Counters
+
+_NOTHING = Counters(0, 0, 0, {r.word: 0 for r in TCP_REASONS}, {r.word: 0 for r in REFUSALS})
+
+
+def read(pins: Path) -> dict[str, Any]:
+    """What `status --json` prints."""
+    try:
+        plane = Dataplane.open(pins)
+    except NotLoaded:
+        return {
+            "state": "absent",
+            "cgroup": None,
+            "version": __version__,
+            "counters": _NOTHING,
+            "open_pairs": 0,
+            "capacity": 0,
+            "pins": str(pins),
+        }
+    with plane:
+        return {
+            "state": plane.state,
+            "cgroup": str(plane.cgroup),
+            "version": plane.version,
+            "counters": plane.counters(),
+            "open_pairs": plane.open_pairs(),
+            "capacity": plane.capacity,
+            "pins": str(pins),
+        }
+
+
+@click.command()
+@output.json_option
+@click.pass_obj
+def status(pins: Path, as_json: bool) -> None:
+    """Is it live, for what, and what has it carried."""
+    found = read(pins)
+    if as_json:
+        output.print_json(found)
+        return
+    counters: Counters = found["counters"]
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_row("state", found["state"])
+    if found["state"] != "absent":
+        carried = output.size(counters.shortcut_bytes_total)
+        table.add_row("cgroup", found["cgroup"])
+        table.add_row("version", found["version"])
+        table.add_row("open pairs", f"{found['open_pairs']} of {found['capacity']}")
+        table.add_row("pairs so far", str(counters.pairs_total))
+        table.add_row("by shortcut", f"{counters.shortcut_messages_total} messages, {carried}")
+        _add_reasons(table, "by TCP", counters.tcp_messages_total, "messages")
+        _add_reasons(table, "not paired", counters.refused_total, "sockets")
+    else:
+        table.add_row("next step", "`underpass up`")
+    output.console().print(table)
+
+
+def _add_reasons(table: Table, title: str, counts: dict[str, int], unit: str) -> None:
+    seen = [(word, n) for word, n in counts.items() if n]
+    if not seen:
+        table.add_row(title, f"0 {unit}")
+    for word, n in seen:
+        table.add_row(title, f"{n} {unit}: {word}")
+        title = ""

@@ -1,0 +1,546 @@
+"""One generation of programs and maps: load, pin, attach, open, pause, drain.
+
+The data plane lives in the kernel and in pins; it outlives every process of ours. The pin
+directory is made beside its final place under a lock, renamed, and only then attached: the pinned
+link is the last thing to appear and the mark of a live generation. Killed half-way, ``up`` leaves
+nothing that steers traffic, and the next ``up`` clears or completes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+from underpass import __version__, abi, libbpf, namespaces
+from underpass.errors import KernelError, NotLoaded, UnderpassError, Unsupported
+from underpass.model import (
+    REFUSALS,
+    TCP_REASONS,
+    Counters,
+    Direction,
+    Endpoint,
+    Fault,
+    Pair,
+    Reason,
+    Settings,
+    Socket,
+)
+
+DEFAULT_PINS = namespaces.BPFFS / "underpass"
+OBJECT = Path(__file__).with_name("underpass.bpf.o")
+#: Redirects that were decided before the stop flag was seen are over after this many seconds.
+IN_FLIGHT_SECONDS = 1.5
+
+_MAPS = ("sockets", "control", "counters", "handshakes", "syns", "grants", "holders", "about")
+_PROGRAMS = (
+    "up_handshake",
+    "up_steer",
+    "up_arm",
+    "up_disarm",
+    "up_sockets",
+    "up_wake",
+    "up_list",
+    "up_drain",
+)
+_HANDOFF_KEYS = {"handshakes": 8, "syns": 4}
+_LINK, _MAP_LINK = "link_handshake", "link_steer"
+_ZERO = ctypes.c_uint32(0)
+
+
+def up(
+    pins: Path, cgroup: Path, settings: Settings = Settings(), faults: Fault = Fault(0)
+) -> bool:
+    """Make a generation live at ``pins`` for the subtree ``cgroup``; returns when it is.
+
+    Arms the listeners that already stand, in every network namespace.
+
+    Returns:
+        True if something changed, False if it was live already.
+
+    Raises:
+        Unsupported: the kernel lacks something.
+        UnderpassError: anything else; nothing is left behind.
+    """
+    _check_kernel()
+    cgroup = namespaces.check_cgroup(cgroup)
+    namespaces.ensure_bpffs(pins)
+    with _locked(pins):
+        _remove(_scratch(pins))
+        if pins.exists():
+            try:
+                with Dataplane.open(pins) as plane:
+                    changed = plane.revive(cgroup)
+            except NotLoaded:
+                _remove_unused(pins)
+            else:
+                return changed
+        _load(_scratch(pins), cgroup, settings, faults)
+        os.rename(_scratch(pins), pins)
+        with contextlib.ExitStack() as undo:
+            undo.callback(_remove, pins)
+            with Dataplane.open(pins) as plane:
+                plane.attach()  # live from here on
+            undo.pop_all()
+        with Dataplane.open(pins) as plane:
+            plane.arm_listeners()
+    return True
+
+
+def down(
+    pins: Path, timeout: float = 30.0, on_progress: Callable[[int], None] | None = None
+) -> list[str]:
+    """Leave with nothing lost: detach, all messages to TCP, take drained endpoints out, unpin.
+
+    Args:
+        pins: the generation; none there is no error.
+        timeout: seconds to wait for readers to consume what waits for them.
+        on_progress: called with the number of endpoints still in the map.
+
+    Returns:
+        The endpoints (text) that still hold unread bytes. They go on working; the generation
+        stays pinned, in state ``draining``, until ``down`` is run again. Empty: all is gone.
+    """
+    if not pins.parent.is_dir():
+        return []
+    with _locked(pins):
+        _remove(_scratch(pins))
+        if not pins.exists():
+            return []
+        try:
+            plane = Dataplane.open(pins)
+        except NotLoaded:
+            _remove_unused(pins)
+            return []
+        with plane:
+            left = plane.drain(timeout, on_progress)
+            if not left:
+                os.rename(pins, _scratch(pins))
+        _remove(_scratch(pins))
+    return left
+
+
+class Dataplane:
+    """A pinned generation, open for reading and steering. Use as a context manager."""
+
+    def __init__(self, pins: Path) -> None:
+        self.pins = pins
+        self._fds: dict[str, libbpf.Fd] = {}
+        self.about = abi.About()
+
+    @classmethod
+    def open(cls, pins: Path) -> Dataplane:
+        """Open the generation at ``pins``.
+
+        Raises:
+            NotLoaded: there is none, or not one of this version's ABI.
+            KernelError: it cannot be opened (no permission).
+        """
+        plane = cls(pins)
+        try:
+            found = libbpf.lookup(plane._fd("about"), _ZERO, plane.about)
+        except KernelError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                raise NotLoaded(
+                    "open", pins, "no generation is pinned there", "run `underpass up`"
+                ) from None
+            raise
+        if not found or plane.about.abi != abi.ABI:
+            cause = f"its ABI is {plane.about.abi}, this is {abi.ABI}"
+            raise UnderpassError("use", pins, cause, "use the underpass that loaded it")
+        return plane
+
+    def __enter__(self) -> Dataplane:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the descriptors; the generation goes on."""
+        for fd in self._fds.values():
+            fd.close()
+        self._fds.clear()
+
+    def _fd(self, name: str) -> int:
+        if name not in self._fds:
+            self._fds[name] = libbpf.get(self.pins / name)
+        return self._fds[name].number
+
+    # -- what it is ------------------------------------------------------------------------
+
+    @property
+    def cgroup(self) -> Path:
+        """The subtree that it is attached to."""
+        return Path(os.fsdecode(self.about.cgroup))
+
+    @property
+    def capacity(self) -> int:
+        """Pairs that fit at once."""
+        return int(self.about.capacity)
+
+    @property
+    def version(self) -> str:
+        """Version of the underpass that loaded it."""
+        return str(self.about.version.decode())
+
+    @property
+    def state(self) -> str:
+        """``active``, ``paused`` or ``draining``."""
+        stop = self._control().stop
+        if stop == Reason.DRAINING or not (self.pins / _LINK).exists():
+            return "draining"
+        return "paused" if stop == Reason.PAUSED else "active"
+
+    def counters(self) -> Counters:
+        """Totals since the generation was loaded."""
+        cpus = (abi.Counters * libbpf.possible_cpus())()
+        libbpf.lookup(self._fd("counters"), _ZERO, cpus)
+        messages = [sum(c.messages[r] for c in cpus) for r in Reason]
+        sockets = [sum(c.connections[r] for c in cpus) for r in Reason]
+        return Counters(
+            pairs_total=sockets[Reason.SHORTCUT],
+            shortcut_messages_total=messages[Reason.SHORTCUT],
+            shortcut_bytes_total=sum(c.shortcut_bytes for c in cpus),
+            tcp_messages_total={r.word: messages[r] for r in TCP_REASONS},
+            refused_total={r.word: sockets[r] for r in REFUSALS},
+        )
+
+    def endpoints(self) -> list[abi.Record]:
+        """Every endpoint in the map, as the kernel tells it."""
+        return list(abi.records(libbpf.iterate(self._fd("up_list"), self._fd("sockets"))))
+
+    def open_pairs(self) -> int:
+        """Number of pairs whose two endpoints are both in the map."""
+        return len(_matched(self.endpoints()))
+
+    def pairs(self) -> list[Pair]:
+        """Open pairs, with the state of both directions."""
+        names = {ns.inode: ns.label for ns in namespaces.net_namespaces()}
+        return [
+            Pair(
+                client=_endpoint(client, names),
+                server=_endpoint(server, names),
+                client_to_server=_direction(client),
+                server_to_client=_direction(server),
+                unread=client.unread + server.unread,
+            )
+            for client, server in _matched(self.endpoints())
+        ]
+
+    def sockets(self) -> list[Socket]:
+        """Every TCP socket of every network namespace, for `explain`."""
+        held = {record.cookie for record in self.endpoints()}
+        found = []
+        for namespace in namespaces.net_namespaces():
+            data = namespaces.in_namespace(
+                namespace, lambda: libbpf.iterate(self._fd("up_sockets"))
+            )
+            names = {namespace.inode: namespace.label}
+            found += [_socket(record, names, held) for record in abi.records(data or b"")]
+        return found
+
+    def leftovers(self) -> dict[str, int]:
+        """Entries in the handoff maps; all 0 once every handshake is over."""
+        return {name: libbpf.count_keys(self._fd(name), n) for name, n in _HANDOFF_KEYS.items()}
+
+    # -- steering --------------------------------------------------------------------------
+
+    def _control(self) -> abi.Control:
+        control = abi.Control()
+        libbpf.lookup(self._fd("control"), _ZERO, control)
+        return control
+
+    def _set_stop(self, reason: int) -> None:
+        control = self._control()
+        control.stop = reason
+        libbpf.update(self._fd("control"), _ZERO, control)
+
+    def set_paused(self, paused: bool) -> None:
+        """Send every message by TCP from now on, or let the shortcut be used again.
+
+        Raises:
+            UnderpassError: the generation is draining.
+        """
+        if self.state == "draining":
+            act = "pause" if paused else "resume"
+            raise UnderpassError(act, self.pins, "it is draining", "run `underpass down` to finish")
+        self._set_stop(Reason.PAUSED if paused else 0)
+
+    def set_forced(self, share: float) -> None:
+        """For tests: force about this share (0 to 1) of all messages onto TCP, at random."""
+        control = self._control()
+        control.forced = round(share * 65536)
+        libbpf.update(self._fd("control"), _ZERO, control)
+
+    def attach(self) -> None:
+        """Attach sock_ops to the subtree and pin the link: the generation is live.
+
+        Raises:
+            KernelError: the kernel refuses, as when another program holds the cgroup alone.
+        """
+        fd = os.open(self.cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with libbpf.Fd(fd) as cgroup:
+            try:
+                link = libbpf.attach_cgroup(self._fd("up_handshake"), cgroup.number)
+            except KernelError as error:
+                raise _attach_error(error, self.cgroup, cgroup.number) from None
+        with link:
+            libbpf.pin(link.number, self.pins / _LINK)
+
+    def arm_listeners(self) -> None:
+        """Let the listeners that already stand answer SYNs with the proof callback."""
+        self._in_all_namespaces("up_arm")
+
+    def _in_all_namespaces(self, program: str) -> None:
+        fd = self._fd(program)
+        for namespace in namespaces.net_namespaces():
+            namespaces.in_namespace(namespace, lambda: libbpf.iterate(fd))
+
+    def revive(self, cgroup: Path) -> bool:
+        """``up`` where a generation is pinned: finish a half-made or draining one.
+
+        Returns:
+            True if something changed.
+
+        Raises:
+            UnderpassError: it is for another cgroup.
+        """
+        if cgroup != self.cgroup:
+            cause = f"a generation for {self.cgroup} is pinned at {self.pins}"
+            raise UnderpassError("bring up", cgroup, cause, "run `underpass down` first")
+        changed = self.state == "draining"
+        if changed:
+            self._set_stop(0)
+            if not (self.pins / _LINK).exists():
+                self.attach()
+        self.arm_listeners()
+        return changed
+
+    def drain(self, timeout: float, on_progress: Callable[[int], None] | None) -> list[str]:
+        """Take every endpoint out of the map that holds nothing unread; see :func:`down`."""
+        deadline = time.monotonic() + timeout
+        self._set_stop(Reason.DRAINING)  # sock_ops stays attached: it frees stuck readers
+        self._in_all_namespaces("up_disarm")
+        busy = bool(self.endpoints())
+        if busy:
+            time.sleep(IN_FLIGHT_SECONDS)
+        while True:
+            left = list(abi.records(libbpf.iterate(self._fd("up_drain"), self._fd("sockets"))))
+            if on_progress:
+                on_progress(len(left))
+            if not left or time.monotonic() >= deadline:
+                break
+            time.sleep(0.05)
+        if busy:
+            self._in_all_namespaces("up_wake")
+        link = self.pins / _LINK
+        if not left and link.exists():
+            with libbpf.get(link) as fd:
+                libbpf.detach(fd.number)
+            link.unlink()
+        names = {ns.inode: ns.label for ns in namespaces.net_namespaces()} if left else {}
+        return [
+            f"{_endpoint(r, names)} ({names.get(r.netns, '?')}): {r.unread} bytes unread"
+            for r in left
+        ]
+
+
+def attached(cgroup: Path) -> list[int]:
+    """Ids of the sock_ops programs attached right at ``cgroup``, ours and others'."""
+    with libbpf.Fd(os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as fd:
+        return libbpf.attached(fd.number)
+
+
+# -- making and removing ---------------------------------------------------------------------
+
+
+def _check_kernel() -> None:
+    if os.geteuid() != 0:
+        cause = "it needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"
+        raise UnderpassError("load", "programs", cause, "run as root")
+    if not os.access("/sys/kernel/btf/vmlinux", os.R_OK):
+        raise Unsupported(
+            "read",
+            "/sys/kernel/btf/vmlinux",
+            "the kernel has no type information",
+            "use a kernel built with CONFIG_DEBUG_INFO_BTF",
+        )
+
+
+def _load(scratch: Path, cgroup: Path, settings: Settings, faults: Fault) -> None:
+    """Load the object and pin its maps and programs in ``scratch``; all or nothing."""
+    about = _about(cgroup, settings, faults)
+    with contextlib.ExitStack() as undo, libbpf.Object(OBJECT) as loaded:
+        loaded.set_entries("sockets", 2 * settings.capacity)
+        loaded.set_entries("grants", about.knobs.grants)
+        loaded.set_constants(".rodata.knobs", about.knobs)
+        loaded.load()
+        libbpf.update(loaded.map("about"), _ZERO, about)
+        try:
+            scratch.mkdir(mode=0o700)
+        except OSError as error:
+            raise KernelError("make", scratch, error.errno or 0, "check bpffs") from None
+        undo.callback(_remove, scratch)
+        for name in _MAPS:
+            libbpf.pin(loaded.map(name), scratch / name)
+        for name in _PROGRAMS:
+            libbpf.pin(loaded.program(name), scratch / name)
+        link = libbpf.attach_map(loaded.program("up_steer"), loaded.map("sockets"))
+        if link:
+            with link:
+                libbpf.pin(link.number, scratch / _MAP_LINK)
+        undo.pop_all()
+
+
+def _about(cgroup: Path, settings: Settings, faults: Fault) -> abi.About:
+    number, level = namespaces.cgroup_id_and_level(cgroup)
+    pages = os.sysconf("SC_PHYS_PAGES")
+    node = settings.node_budget_bytes or pages * os.sysconf("SC_PAGE_SIZE") // 16
+    grants = 1
+    while grants * 2 * settings.budget_bytes <= node and grants < 1024:
+        grants *= 2
+    knobs = abi.Knobs(
+        faults=faults,
+        cgroup_level=level,
+        cgroup_id=number,
+        budget_bytes=settings.budget_bytes,
+        budget_messages=settings.budget_messages,
+        shallow_bytes=min(256 << 10, settings.budget_bytes),
+        shallow_messages=min(128, settings.budget_messages),
+        grants=grants,
+        rdonly_cast=_has_symbol("bpf_rdonly_cast"),
+        memory_pages=_memory_limit(),
+        recv_wake=_symbol("woken_wake_function"),
+    )
+    return abi.About(
+        abi=abi.ABI,
+        capacity=settings.capacity,
+        knobs=knobs,
+        version=__version__.encode(),
+        cgroup=os.fsencode(cgroup),
+    )
+
+
+def _memory_limit() -> int:
+    """Pages of TCP memory where the kernel begins to feel pressure (``tcp_mem[1]``)."""
+    return int(Path("/proc/sys/net/ipv4/tcp_mem").read_text().split()[1])
+
+
+def _symbols() -> dict[str, int]:
+    wanted = {"woken_wake_function", "bpf_rdonly_cast"}
+    with open("/proc/kallsyms") as lines:
+        return {f[2]: int(f[0], 16) for f in map(str.split, lines) if f[2] in wanted}
+
+
+def _symbol(name: str) -> int:
+    return _symbols().get(name, 0)
+
+
+def _has_symbol(name: str) -> bool:
+    return name in _symbols()
+
+
+def _attach_error(error: KernelError, cgroup: Path, fd: int) -> KernelError:
+    """Name the program that is in the way, if one is."""
+    if error.errno not in (errno.EPERM, errno.EBUSY):
+        return error
+    others = []
+    with contextlib.suppress(KernelError):
+        others = [f"{libbpf.program_name(n)} (id {n})" for n in libbpf.attached(fd)]
+    detail = f"held by sock_ops program {', '.join(others)}" if others else ""
+    step = "detach it, or attach it with BPF_F_ALLOW_MULTI"
+    return KernelError("attach sock_ops to", cgroup, error.errno, step, detail)
+
+
+def _scratch(pins: Path) -> Path:
+    return pins.with_name(f"{pins.name}-scratch")  # bpffs refuses names with a dot
+
+
+def _remove(directory: Path) -> None:
+    """Unpin all that is in ``directory`` and remove it; nothing there is no error."""
+    if not directory.is_dir():
+        return
+    for entry in directory.iterdir():
+        entry.unlink()
+    directory.rmdir()
+
+
+def _remove_unused(pins: Path) -> None:
+    """Clear what a killed ``up`` left: pins that no traffic can be using.
+
+    Raises:
+        UnderpassError: it may be in use.
+    """
+    if (pins / _LINK).exists():
+        cause = "it is attached, but its description is missing"
+        raise UnderpassError("clear", pins, cause, f"remove {pins} by hand if it is not needed")
+    _remove(pins)
+
+
+@contextlib.contextmanager
+def _locked(pins: Path) -> Iterator[None]:
+    """One ``up`` or ``down`` at a time: a lock on the directory that holds ``pins``."""
+    try:
+        fd = os.open(pins.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise KernelError("lock", pins.parent, error.errno or 0, "check bpffs") from None
+    with libbpf.Fd(fd):
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+
+
+# -- from records to the model ---------------------------------------------------------------
+
+
+def _matched(endpoints: list[abi.Record]) -> list[tuple[abi.Record, abi.Record]]:
+    """(client, server) of every pair with both ends in the map; the server knows its client."""
+    clients = {r.cookie: r for r in endpoints if r.role == abi.CLIENT}
+    return [
+        (clients[r.peer], r)
+        for r in endpoints
+        if r.role == abi.SERVER and r.peer in clients
+    ]
+
+
+def _endpoint(record: abi.Record, names: dict[int, str]) -> Endpoint:
+    netns = names.get(record.netns) or namespaces.label(record.netns)
+    return Endpoint(abi.address(record.local_ip), record.local_port, netns)
+
+
+def _direction(record: abi.Record) -> Direction:
+    reason = Reason(record.reason)
+    return Direction(
+        path="shortcut" if reason is Reason.SHORTCUT else "tcp",
+        reason=reason.word,
+        shortcut_bytes=record.shortcut_bytes,
+        shortcut_messages=record.shortcut_messages,
+        tcp_messages=record.tcp_messages,
+    )
+
+
+def _socket(record: abi.Record, names: dict[int, str], held: set[int]) -> Socket:
+    return Socket(
+        endpoint=_endpoint(record, names),
+        remote_address=abi.address(record.remote_ip),
+        remote_port=record.remote_port,
+        listening=record.state == abi.TCP_LISTEN,
+        in_map=record.cookie in held and record.cookie != 0,
+        covered=bool(record.covered),
+        armed=bool(record.armed),
+        role=record.role,
+        reason=Reason(record.reason),
+        cookie=record.cookie,
+        peer=record.peer,
+    )

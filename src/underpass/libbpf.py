@@ -1,0 +1,345 @@
+"""A thin binding over ``libbpf.so.1`` (1.1 or newer): one C call a function, checked, no policy.
+
+Descriptors are wrapped in :class:`Fd`, which closes them. Errors are :class:`KernelError`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from underpass.errors import KernelError, Unsupported
+
+BPF_CGROUP_SOCK_OPS = 3
+BPF_SK_MSG_VERDICT = 7
+BPF_TRACE_ITER = 28
+_LOG_LINES = 12
+
+_PRINT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+
+
+class _LinkOpts(ctypes.Structure):
+    """``struct bpf_link_create_opts`` up to what iterators need, padded to its size in 1.1."""
+
+    _fields_ = [
+        ("sz", ctypes.c_size_t),
+        ("flags", ctypes.c_uint32),
+        ("iter_info", ctypes.c_void_p),
+        ("iter_info_len", ctypes.c_uint32),
+        ("target_btf_id", ctypes.c_uint32),
+        ("rest", ctypes.c_uint64 * 5),
+    ]
+
+
+class Fd:
+    """An owned file descriptor; closes at the end of a ``with`` block or when collected."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def close(self) -> None:
+        """Close it; again is no error."""
+        number, self.number = self.number, -1
+        if number >= 0:
+            os.close(number)
+
+    def __enter__(self) -> Fd:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class _Log:
+    """libbpf's messages of the last load; the verifier's last lines go into the error."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        libc = ctypes.CDLL(None)
+        libc.vsnprintf.argtypes = [
+            ctypes.c_char_p,
+            ctypes.c_size_t,
+            ctypes.c_char_p,
+            ctypes.c_void_p,
+        ]
+
+        def keep(_level: int, form: bytes, args: int) -> int:
+            text = ctypes.create_string_buffer(1 << 16)
+            libc.vsnprintf(text, len(text), form, args)
+            self.lines += text.value.decode(errors="replace").splitlines()
+            del self.lines[: -_LOG_LINES * 10]
+            return 0
+
+        self.callback = _PRINT(keep)
+
+    def tail(self) -> str:
+        """The last telling line: what the verifier or libbpf refused."""
+        noise = ("-- ", "processed ", "libbpf: failed to load object", "verification time", "stack")
+        told = [line for line in self.lines if line.strip() and not line.startswith(noise)]
+        return told[-2] if len(told) > 1 else "".join(told)
+
+
+@functools.cache
+def _library() -> tuple[Any, _Log]:
+    try:
+        lib = ctypes.CDLL("libbpf.so.1", use_errno=True)
+    except OSError as error:
+        raise Unsupported(
+            "load", "libbpf.so.1", str(error), "install libbpf 1.1 or newer (Debian: libbpf1)"
+        ) from None
+    major, minor = lib.libbpf_major_version(), lib.libbpf_minor_version()
+    if (major, minor) < (1, 1):
+        raise Unsupported("use", f"libbpf {major}.{minor}", "it is too old", "install 1.1 or newer")
+    pointer = ctypes.c_void_p
+    for name, result, args in (
+        ("bpf_object__open_file", pointer, [ctypes.c_char_p, pointer]),
+        ("bpf_object__load", ctypes.c_int, [pointer]),
+        ("bpf_object__close", None, [pointer]),
+        ("bpf_object__find_map_by_name", pointer, [pointer, ctypes.c_char_p]),
+        ("bpf_object__find_program_by_name", pointer, [pointer, ctypes.c_char_p]),
+        ("bpf_map__fd", ctypes.c_int, [pointer]),
+        ("bpf_program__fd", ctypes.c_int, [pointer]),
+        ("bpf_program__set_autoload", ctypes.c_int, [pointer, ctypes.c_bool]),
+        ("bpf_map__set_max_entries", ctypes.c_int, [pointer, ctypes.c_uint32]),
+        ("bpf_map__set_initial_value", ctypes.c_int, [pointer, pointer, ctypes.c_size_t]),
+        ("libbpf_set_print", pointer, [_PRINT]),
+        ("libbpf_num_possible_cpus", ctypes.c_int, []),
+        ("bpf_map_lookup_elem", ctypes.c_int, [ctypes.c_int, pointer, pointer]),
+        (
+            "bpf_map_update_elem",
+            ctypes.c_int,
+            [ctypes.c_int, pointer, pointer, ctypes.c_uint64],
+        ),
+        ("bpf_map_get_next_key", ctypes.c_int, [ctypes.c_int, pointer, pointer]),
+        ("bpf_obj_pin", ctypes.c_int, [ctypes.c_int, ctypes.c_char_p]),
+        ("bpf_obj_get", ctypes.c_int, [ctypes.c_char_p]),
+        (
+            "bpf_link_create",
+            ctypes.c_int,
+            [ctypes.c_int, ctypes.c_int, ctypes.c_int, pointer],
+        ),
+        ("bpf_link_detach", ctypes.c_int, [ctypes.c_int]),
+        ("bpf_iter_create", ctypes.c_int, [ctypes.c_int]),
+        (
+            "bpf_prog_attach",
+            ctypes.c_int,
+            [ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_uint],
+        ),
+        (
+            "bpf_prog_query",
+            ctypes.c_int,
+            [ctypes.c_int, ctypes.c_int, ctypes.c_uint32, pointer, pointer, pointer],
+        ),
+        ("bpf_prog_get_fd_by_id", ctypes.c_int, [ctypes.c_uint32]),
+        ("bpf_obj_get_info_by_fd", ctypes.c_int, [ctypes.c_int, pointer, pointer]),
+    ):
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, args
+    log = _Log()
+    lib.libbpf_set_print(log.callback)
+    return lib, log
+
+
+def _check(result: int, act: str, obj: object, next_step: str, detail: str = "") -> int:
+    if result < 0:
+        raise KernelError(act, obj, -result, next_step, detail)
+    return result
+
+
+class Object:
+    """An opened, not yet loaded or loaded ``.bpf.o``. Use as a context manager.
+
+    Raises:
+        KernelError: the file does not open, or the kernel refuses it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        lib, log = _library()
+        log.lines.clear()
+        self._lib, self._log, self.path = lib, log, path
+        self._object = lib.bpf_object__open_file(os.fsencode(path), None)
+        if not self._object:
+            code = ctypes.get_errno() or errno.ENOENT
+            raise KernelError("open", path, code, "reinstall underpass", log.tail())
+
+    def __enter__(self) -> Object:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._lib.bpf_object__close(self._object)
+
+    def _find(self, kind: str, name: str) -> int:
+        found = getattr(self._lib, f"bpf_object__find_{kind}_by_name")(self._object, name.encode())
+        if not found:
+            raise KernelError(f"find {kind}", name, errno.ENOENT, "reinstall underpass")
+        return int(found)
+
+    def set_entries(self, name: str, entries: int) -> None:
+        """Size map ``name`` before load."""
+        result = self._lib.bpf_map__set_max_entries(self._find("map", name), entries)
+        _check(result, "size map", name, "choose a smaller capacity")
+
+    def set_constants(self, name: str, value: ctypes.Structure) -> None:
+        """Fill a ``.rodata`` map before load."""
+        found = self._find("map", name)
+        size = ctypes.sizeof(value)
+        result = self._lib.bpf_map__set_initial_value(found, ctypes.byref(value), size)
+        _check(result, "set", name, "reinstall underpass")
+
+    def select(self, wanted: set[str], known: tuple[str, ...]) -> None:
+        """Load only the programs ``wanted`` of those ``known``."""
+        for name in known:
+            self._lib.bpf_program__set_autoload(self._find("program", name), name in wanted)
+
+    def load(self) -> None:
+        """Create the maps and load the programs."""
+        result = self._lib.bpf_object__load(self._object)
+        _check(result, "load", self.path.name, "run `underpass doctor`", self._log.tail())
+
+    def program(self, name: str) -> int:
+        """Descriptor of a loaded program; borrowed, valid while the object is open."""
+        return int(self._lib.bpf_program__fd(self._find("program", name)))
+
+    def map(self, name: str) -> int:
+        """Descriptor of a created map; borrowed, valid while the object is open."""
+        return int(self._lib.bpf_map__fd(self._find("map", name)))
+
+
+def pin(fd: int, path: Path) -> None:
+    """Pin a map, program or link at ``path`` in a bpffs."""
+    lib, _ = _library()
+    result = lib.bpf_obj_pin(fd, os.fsencode(path))
+    _check(result, "pin", path, "check that it is on a writable bpffs")
+
+
+def get(path: Path) -> Fd:
+    """Open what is pinned at ``path``."""
+    lib, _ = _library()
+    result = lib.bpf_obj_get(os.fsencode(path))
+    return Fd(_check(result, "open pin", path, "run `underpass status`"))
+
+
+def lookup(fd: int, key: ctypes._SimpleCData[int], value: ctypes.Array[Any] | ctypes.Structure) -> bool:
+    """Read one element into ``value``; False if there is none."""
+    lib, _ = _library()
+    result = lib.bpf_map_lookup_elem(fd, ctypes.byref(key), ctypes.byref(value))
+    if result == -errno.ENOENT:
+        return False
+    _check(result, "read map", f"fd {fd}", "run `underpass doctor`")
+    return True
+
+
+def update(fd: int, key: ctypes._SimpleCData[int], value: ctypes.Structure) -> None:
+    """Write one element."""
+    lib, _ = _library()
+    result = lib.bpf_map_update_elem(fd, ctypes.byref(key), ctypes.byref(value), 0)
+    _check(result, "write map", f"fd {fd}", "run `underpass doctor`")
+
+
+def count_keys(fd: int, key_size: int) -> int:
+    """Number of elements of a hash map (a moment's view)."""
+    lib, _ = _library()
+    key, following, total = None, ctypes.create_string_buffer(key_size), 0
+    while lib.bpf_map_get_next_key(fd, key, following) == 0:
+        key, total = ctypes.create_string_buffer(following.raw, key_size), total + 1
+    return total
+
+
+def possible_cpus() -> int:
+    """Number of CPUs that a per-CPU map has values for."""
+    lib, _ = _library()
+    return int(lib.libbpf_num_possible_cpus())
+
+
+def attach_cgroup(program: int, cgroup: int) -> Fd:
+    """Attach sock_ops to a cgroup (``bpf_link``, multi); lives as long as the link."""
+    lib, _ = _library()
+    result = lib.bpf_link_create(program, cgroup, BPF_CGROUP_SOCK_OPS, None)
+    return Fd(_check(result, "attach sock_ops to", "the cgroup", "run `underpass doctor`"))
+
+
+def attach_map(program: int, sockets: int) -> Fd | None:
+    """Attach sk_msg to a sockhash; a link since 6.10, else attached for the map's life (None)."""
+    lib, _ = _library()
+    result = lib.bpf_link_create(program, sockets, BPF_SK_MSG_VERDICT, None)
+    if result >= 0:
+        return Fd(result)
+    result = lib.bpf_prog_attach(program, sockets, BPF_SK_MSG_VERDICT, 0)
+    _check(result, "attach sk_msg to", "the sockhash", "run `underpass doctor`")
+    return None
+
+
+def detach(link: int) -> None:
+    """Detach a link at once, whoever else holds it."""
+    lib, _ = _library()
+    _check(lib.bpf_link_detach(link), "detach", "the link", "run `underpass down` again")
+
+
+def iterate(program: int, sockets: int | None = None) -> bytes:
+    """Run an iterator to its end and return what it wrote."""
+    lib, _ = _library()
+    info = (ctypes.c_uint32 * 4)(sockets or 0)
+    opts = _LinkOpts(sz=ctypes.sizeof(_LinkOpts))
+    if sockets is not None:
+        opts.iter_info = ctypes.addressof(info)
+        opts.iter_info_len = ctypes.sizeof(info)
+    result = lib.bpf_link_create(program, 0, BPF_TRACE_ITER, ctypes.byref(opts))
+    with Fd(_check(result, "start", "an iterator", "run `underpass doctor`")) as link:
+        result = lib.bpf_iter_create(link.number)
+        with Fd(_check(result, "run", "an iterator", "run `underpass doctor`")) as run:
+            parts = []
+            while part := _read(run.number):
+                parts.append(part)
+            return b"".join(parts)
+
+
+def _read(fd: int) -> bytes:
+    while True:
+        try:
+            return os.read(fd, 1 << 16)
+        except BlockingIOError:  # the kernel stopped after many sockets without output
+            continue
+
+
+def attached(cgroup: int) -> list[int]:
+    """Ids of the sock_ops programs attached right at a cgroup (descriptor)."""
+    lib, _ = _library()
+    ids, count, flags = (ctypes.c_uint32 * 64)(), ctypes.c_uint32(64), ctypes.c_uint32()
+    result = lib.bpf_prog_query(
+        cgroup, BPF_CGROUP_SOCK_OPS, 0, ctypes.byref(flags), ids, ctypes.byref(count)
+    )
+    _check(result, "query sock_ops of", "the cgroup", "run `underpass doctor`")
+    return list(ids[: count.value])
+
+
+def program_name(number: int) -> str:
+    """Name of a loaded program (15 characters at most)."""
+    lib, _ = _library()
+    result = lib.bpf_prog_get_fd_by_id(number)
+    with Fd(_check(result, "open program", number, "run `underpass doctor`")) as fd:
+        info = ctypes.create_string_buffer(256)
+        size = ctypes.c_uint32(len(info))
+        result = lib.bpf_obj_get_info_by_fd(fd.number, info, ctypes.byref(size))
+        _check(result, "ask about program", number, "run `underpass doctor`")
+        return info.raw[64:80].split(b"\0")[0].decode()
+
+

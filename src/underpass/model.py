@@ -1,0 +1,171 @@
+"""What underpass speaks of: endpoints, pairs, directions, reasons. Frozen values, no I/O."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any
+
+
+class Reason(enum.IntEnum):
+    """Why a message took its path, or why a connection did not become a pair.
+
+    Mirrors ``enum up_reason`` of ``bpf/underpass.h``; :attr:`word` is what people and metrics see.
+    """
+
+    word: str
+    meaning: str
+
+    def __new__(cls, value: int, word: str, meaning: str) -> Reason:
+        member = int.__new__(cls, value)
+        member._value_ = value
+        member.word, member.meaning = word, meaning
+        return member
+
+    SHORTCUT = 0, "shortcut", "messages go from socket to socket, under the TCP/IP stack"
+    NO_MESSAGE = 1, "no-message-yet", "this direction has not sent anything yet"
+    UNPAIRED = 2, "unpaired", "the other end had not finished its handshake when this was sent"
+    TCP_UNREAD = 3, "tcp-unread", "earlier bytes went by TCP and the reader has not read them all"
+    READER_WAITS = (
+        4,
+        "reader-waits-for-tcp",
+        "the reader sleeps inside a TCP read (as with MSG_WAITALL), which only TCP bytes end",
+    )
+    BUDGET_BYTES = 5, "budget-bytes", "too many bytes wait unread; TCP holds the sender now"
+    BUDGET_MESSAGES = 6, "budget-messages", "too many messages wait unread; TCP holds the sender"
+    NODE_BUDGET = 7, "node-budget", "too many directions of the node hold deep queues"
+    NODE_MEMORY = 8, "node-memory", "the node's TCP memory is near its pressure mark"
+    PEER_GONE = 9, "peer-gone", "the other socket has closed or left the map"
+    CLOSING = 10, "closing", "one side has shut down"
+    ULP = 11, "ulp", "kTLS or another upper layer protocol took one of the sockets"
+    RCVLOWAT = 12, "rcvlowat", "the reader set SO_RCVLOWAT above 1"
+    PAUSED = 13, "paused", "`underpass pause` is in force"
+    DRAINING = 14, "draining", "`underpass down` is under way"
+    FORCED = 15, "forced", "a test asked for TCP"
+    NO_STATE = 16, "no-state", "the endpoint's own state could not be read"
+    NOT_LOCAL = 17, "not-local", "no listener of this node answered the client"
+    REMOTE_CLIENT = 18, "remote-client", "the client is not on this node"
+    AMBIGUOUS = 19, "ambiguous", "two handshakes at the same moment look alike"
+    ADDRESS_MISMATCH = 20, "address-mismatch", "the numbers mirror, the addresses do not agree"
+    SELF_CONNECT = 21, "self-connect", "the socket talks to itself"
+    MAP_FULL = 22, "map-full", "the map of sockets is at its capacity"
+    SOCKET_BUSY = 23, "socket-busy", "another product holds the socket in a sockmap"
+    NOT_SUITABLE = 24, "not-suitable", "the kernel refused the socket (ULP, MPTCP or its state)"
+    NO_MEMORY = 25, "no-memory", "there was no memory for the endpoint's state"
+    PEER_REFUSED = 26, "peer-refused", "the other end of a proven pair could not enter the map"
+    READER_STUCK = 27, "reader-stuck", "it left: its reader had missed TCP bytes behind other bytes"
+    TCP_FIRST = 28, "tcp-first", "it left: the client spoke by TCP before the pair was made"
+
+
+#: Reasons that refuse a whole connection; the others are given message by message.
+REFUSALS = tuple(r for r in Reason if r >= Reason.NOT_LOCAL)
+#: Reasons for which a message goes by TCP.
+TCP_REASONS = tuple(r for r in Reason if Reason.UNPAIRED <= r < Reason.NOT_LOCAL)
+
+
+class Fault(enum.IntFlag):
+    """Known-bad twins: builds that leave out one rule, for tests that must notice (``up_fault``)."""
+
+    NO_GATE = 1 << 0
+    NO_BUDGET = 1 << 1
+    NO_PROOF = 1 << 2
+    ADDRESS_KEYS = 1 << 3
+    DRAIN_UNREAD = 1 << 4
+    SK_DROP = 1 << 5
+    BLIND_READER = 1 << 6
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of one generation.
+
+    Attributes:
+        capacity: pairs that fit at once.
+        budget_bytes: bytes that may wait unread in one direction, queue objects included.
+        budget_messages: messages that may wait unread in one direction.
+        node_budget_bytes: bytes that all deep queues of the node may hold together; 0 chooses
+            a sixteenth of the memory.
+    """
+
+    capacity: int = 65536
+    budget_bytes: int = 16 << 20
+    budget_messages: int = 8192
+    node_budget_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One TCP socket. ``netns`` is the namespace's name, or ``net:[inode]``."""
+
+    address: str
+    port: int
+    netns: str
+    pod: str | None = None
+
+    def __str__(self) -> str:
+        host = f"[{self.address}]" if ":" in self.address else self.address
+        return f"{host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One endpoint's sending side: the path of its last message, why, and what went so far."""
+
+    path: str
+    reason: str
+    shortcut_bytes: int
+    shortcut_messages: int
+    tcp_messages: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two endpoints of this node that are proven to be one connection."""
+
+    client: Endpoint
+    server: Endpoint
+    client_to_server: Direction
+    server_to_client: Direction
+    unread: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.client} -> {self.server}"
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Totals of one generation. Keys of the dictionaries are the words of :class:`Reason`."""
+
+    pairs_total: int
+    shortcut_messages_total: int
+    shortcut_bytes_total: int
+    tcp_messages_total: dict[str, int]
+    refused_total: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Socket:
+    """A TCP socket as `explain` sees it, whether or not underpass holds it."""
+
+    endpoint: Endpoint
+    remote_address: str
+    remote_port: int
+    listening: bool
+    in_map: bool
+    covered: bool
+    armed: bool
+    role: int
+    reason: Reason
+    cookie: int
+    peer: int
+
+
+def plain(value: Any) -> Any:
+    """``value`` with every dataclass turned into a dictionary, ready for JSON."""
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,183 @@
+"""Where things are on this node: cgroup v2, bpffs, the network namespaces. No BPF here."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from underpass.errors import KernelError, UnderpassError, Unsupported, Usage
+
+BPFFS = Path("/sys/fs/bpf")
+CLONE_NEWNET = 0x40000000
+_BPF_MAGIC = 0xCAFE4A11
+_CGROUP2_MAGIC = 0x63677270
+
+Result = TypeVar("Result")
+
+
+class _Statfs(ctypes.Structure):
+    _fields_ = [("type", ctypes.c_long), ("rest", ctypes.c_long * 30)]
+
+
+def filesystem_magic(path: Path) -> int:
+    """``f_type`` of the file system that holds ``path``, 0 if it does not exist."""
+    data = _Statfs()
+    libc = ctypes.CDLL(None, use_errno=True)
+    return data.type if libc.statfs(os.fsencode(path), ctypes.byref(data)) == 0 else 0
+
+
+def _mounts() -> list[list[str]]:
+    """Lines of ``/proc/self/mountinfo``, split; the optional fields are dropped."""
+    lines = []
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        left, _, right = line.partition(" - ")
+        lines.append(left.split()[:6] + right.split())
+    return lines
+
+
+def find_cgroup2() -> Path:
+    """Mount point of the cgroup v2 hierarchy (also where v1 is mounted beside it).
+
+    Raises:
+        Unsupported: there is none.
+    """
+    for fields in _mounts():
+        if fields[6] == "cgroup2" and fields[3] == "/":
+            return Path(fields[4])
+    for fields in _mounts():
+        if fields[6] == "cgroup2":
+            return Path(fields[4])
+    raise Unsupported(
+        "find", "cgroup v2", "no cgroup2 file system is mounted", "boot with cgroup v2 or mount it"
+    )
+
+
+def check_cgroup(path: Path) -> Path:
+    """``path``, resolved, if it is a directory of cgroup v2.
+
+    Raises:
+        Usage: it is not.
+    """
+    hint = f"name a directory below {find_cgroup2()}"
+    if not path.is_dir():
+        raise Usage("use cgroup", path, "there is no such directory", hint)
+    if filesystem_magic(path) != _CGROUP2_MAGIC:
+        raise Usage("use cgroup", path, "it is not in the cgroup v2 hierarchy", hint)
+    return path.resolve()
+
+
+def cgroup_id_and_level(path: Path) -> tuple[int, int]:
+    """The kernel's id of a cgroup and its depth below the root; (0, 0) for the root.
+
+    The id is the inode number of its directory (``cgroup_id``, kernfs).
+    """
+    relative = path.resolve().relative_to(find_cgroup2())
+    return (path.stat().st_ino, len(relative.parts)) if relative.parts else (0, 0)
+
+
+def ensure_bpffs(pins: Path) -> None:
+    """Make sure that ``pins`` will lie in a bpffs; mounts one at ``/sys/fs/bpf`` if missing.
+
+    Raises:
+        Usage: ``pins`` lies elsewhere.
+        KernelError: the mount fails.
+    """
+    if filesystem_magic(pins.parent) == _BPF_MAGIC:
+        return
+    if pins.parent != BPFFS:
+        raise Usage("pin in", pins, "its parent is not in a bpffs", f"use a path below {BPFFS}")
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"bpf", os.fsencode(BPFFS), b"bpf", 0, b"mode=0700") != 0:
+        raise KernelError("mount bpffs at", BPFFS, ctypes.get_errno(), "run as root")
+
+
+@dataclass(frozen=True)
+class NetNamespace:
+    """A network namespace: its inode, a path that opens it, and its name if it has one."""
+
+    inode: int
+    path: str
+    name: str | None
+
+    @property
+    def label(self) -> str:
+        """The name, or ``net:[inode]`` as ``/proc`` shows it."""
+        return self.name or label(self.inode)
+
+
+def label(inode: int) -> str:
+    """How a namespace without a name is written."""
+    return f"net:[{inode}]"
+
+
+def net_namespaces() -> list[NetNamespace]:
+    """Every network namespace of the node that a process lives in or a mount keeps.
+
+    The caller's own comes first and is named ``host`` if it is that of process 1.
+    """
+    found: dict[int, NetNamespace] = {}
+    for fields in _mounts():
+        if fields[6] == "nsfs" and fields[3].startswith("net:["):
+            inode = int(fields[3][5:-1])
+            found.setdefault(inode, NetNamespace(inode, fields[4], Path(fields[4]).name))
+    own = _inode("/proc/self/ns/net")
+    if own == _inode("/proc/1/ns/net"):
+        found[own] = NetNamespace(own, "/proc/self/ns/net", "host")
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdigit():
+            continue
+        path = f"/proc/{entry.name}/ns/net"
+        inode = _inode(path)
+        if inode and inode not in found:
+            found[inode] = NetNamespace(inode, path, None)
+    return sorted(found.values(), key=lambda ns: ns.inode != own)
+
+
+def _inode(path: str) -> int:
+    try:
+        return os.stat(path).st_ino
+    except OSError:
+        return 0  # the process has gone
+
+
+def in_namespace(namespace: NetNamespace, action: Callable[[], Result]) -> Result | None:
+    """Run ``action`` inside ``namespace``, in a thread of its own (``setns`` is per thread).
+
+    Returns:
+        What ``action`` returned, or None if the namespace has gone meanwhile.
+
+    Raises:
+        UnderpassError: whatever ``action`` raised.
+    """
+    outcome: list[Result] = []
+    errors: list[UnderpassError] = []
+
+    def run() -> None:
+        try:
+            fd = os.open(namespace.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return
+        try:
+            if os.fstat(fd).st_ino != namespace.inode:
+                return
+            libc = ctypes.CDLL(None, use_errno=True)
+            if libc.setns(fd, CLONE_NEWNET) != 0:
+                code = ctypes.get_errno()
+                raise KernelError("enter namespace", namespace.label, code, "run as root")
+            outcome.append(action())
+        except UnderpassError as error:
+            errors.append(error)
+        finally:
+            os.close(fd)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return outcome[0] if outcome else None
