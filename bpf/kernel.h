@@ -18,7 +18,6 @@
 #define EBUSY 16
 #define ENOMEM 12
 #define E2BIG 7
-#define RCV_SHUTDOWN 1
 
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
 

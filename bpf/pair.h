@@ -72,7 +72,7 @@ static __always_inline void count_socket(enum up_reason reason)
 {
 	struct up_counters *c = count();
 
-	if (c)
+	if (c && (__u32)reason < UP_REASON_MAX)
 		c->connections[reason]++;
 }
 
@@ -121,12 +121,14 @@ static __always_inline struct endpoint *enter(struct bpf_sock_ops *ctx, __u8 rol
 	ep = bpf_sk_storage_get(&endpoints, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!ep)
 		return 0;
+	bpf_sock_ops_cb_flags_set(ctx, CTX(bpf_sock_ops_cb_flags) | BUILD_FLAG | CLOSE_FLAG);
 	ep->cookie = bpf_get_socket_cookie(ctx);
 	ep->role = role;
 	ep->reason = UP_NO_MESSAGE;
 	error = bpf_sock_hash_update(ctx, &sockets, &ep->cookie, BPF_NOEXIST);
 	if (!error)
 		return ep;
+	ep->role = 0;
 	*why = ep->reason = why_not_inserted(error); /* stays in the storage, for `explain` */
 	return 0;
 }
@@ -206,8 +208,10 @@ static __always_inline void on_client(struct bpf_sock_ops *ctx)
 	if (fault(UP_FAULT_ADDRESS_KEYS))
 		key = address_key(&local, &remote);
 	ep = enter(ctx, UP_CLIENT, &why);
-	if (!ep)
+	if (!ep) {
+		clear_flags(ctx, BUILD_FLAG | CLOSE_FLAG);
 		return count_socket(why);
+	}
 	ep->client_next = key.client_next;
 	ep->server_next = key.server_next;
 	shake.client = ep->cookie;
@@ -219,9 +223,9 @@ static __always_inline void on_client(struct bpf_sock_ops *ctx)
 			twin->ambiguous = 1;
 		ep->reason = UP_AMBIGUOUS;
 		bpf_map_delete_elem(&sockets, &ep->cookie);
+		clear_flags(ctx, BUILD_FLAG | CLOSE_FLAG);
 		return count_socket(UP_AMBIGUOUS);
 	}
-	bpf_sock_ops_cb_flags_set(ctx, CTX(bpf_sock_ops_cb_flags) | BUILD_FLAG | CLOSE_FLAG);
 }
 
 /* Pairs an accepted socket with its client; why not, if it does not become a pair. */
@@ -248,7 +252,9 @@ static __always_inline enum up_reason pair_server(struct bpf_sock_ops *ctx)
 		return UP_REMOTE_CLIENT;
 	}
 	if (!fault(UP_FAULT_ADDRESS_KEYS)) {
-		if (shake->ambiguous || shake->server || shake->refused) {
+		if (shake->refused)
+			return shake->refused;
+		if (shake->ambiguous || shake->server) {
 			shake->refused = UP_AMBIGUOUS;
 			return UP_AMBIGUOUS;
 		}
@@ -276,8 +282,8 @@ static __always_inline void on_server(struct bpf_sock_ops *ctx)
 	enum up_reason reason = pair_server(ctx);
 
 	count_socket(reason); /* UP_SHORTCUT: counts the pair */
-	if (reason != UP_SHORTCUT) /* inherited from the listener */
-		clear_flags(ctx, BUILD_FLAG);
+	if (reason != UP_SHORTCUT) /* the first is inherited from the listener */
+		clear_flags(ctx, BUILD_FLAG | CLOSE_FLAG);
 }
 
 /* The client's first message: has the server's socket been paired meanwhile? */
@@ -306,24 +312,6 @@ static __always_inline bool meet_server(struct endpoint *ep)
 	ep->peer = server;
 	bpf_map_delete_elem(&handshakes, &key);
 	return true;
-}
-
-/* A client closes: the note that its server should have found, or told us of, goes too. */
-static __always_inline void on_client_state(struct bpf_sock_ops *ctx)
-{
-	struct bpf_sock *sk = ctx->sk;
-	struct numbers key;
-	struct endpoint *ep;
-
-	ep = sk ? bpf_sk_storage_get(&endpoints, sk, 0, 0) : 0;
-	if (!ep || ep->role != UP_CLIENT)
-		return;
-	key.client_next = ep->client_next;
-	key.server_next = ep->server_next;
-	if (ctx->args[1] == BPF_TCP_CLOSE)
-		bpf_map_delete_elem(&handshakes, &key);
-	if (ctx->args[1] == BPF_TCP_CLOSE || ep->peer) /* nothing left to wait for */
-		clear_flags(ctx, CLOSE_FLAG);
 }
 
 #endif

@@ -57,4 +57,32 @@ static __always_inline bool has_unread(const struct sock *sk)
 	return BPF_CORE_READ(psock, ingress_msg.next) != head;
 }
 
+/* Threads asleep in a read or write of this socket; -1 = cannot tell. Poll and epoll do not count. */
+static __always_inline int sleepers(const struct sock *sk)
+{
+	const struct wait_queue_entry *entry;
+	const struct list_head *head, *at;
+	int i, count = 0;
+
+	head = (const void *)BPF_CORE_READ(sk, sk_wq);
+	if (!head)
+		return -1;
+	head = (const void *)head + bpf_core_field_offset(struct socket_wq, wait.head);
+	at = BPF_CORE_READ(head, next);
+	for (i = 0; i < 8 && at != head; i++) {
+		entry = (const void *)at - bpf_core_field_offset(struct wait_queue_entry, entry);
+		if (!knobs.recv_wake || (__u64)BPF_CORE_READ(entry, func) == knobs.recv_wake)
+			count++;
+		at = BPF_CORE_READ(at, next);
+	}
+	return at == head ? count : -1;
+}
+
+/* Threads inside tcp_bpf_sendmsg or tcp_bpf_recvmsg of this socket, asleep or not: each holds a
+ * reference to the psock. Those inside native tcp_recvmsg do not. */
+static __always_inline int inside(const struct sock *sk)
+{
+	return BPF_CORE_READ(psock_of(sk), refcnt.refs.counter) - 1;
+}
+
 #endif

@@ -9,36 +9,16 @@
 
 /* Could a reader be inside native tcp_recvmsg, where it never sees a redirected byte (MSG_WAITALL, or
  * one of several readers)? Asked once per switch back from TCP, after the gate has opened: whoever
- * copied the last TCP byte then still owns the socket, or sleeps in its wait queue, or is gone.
- * A sleeper in tcp_bpf_recvmsg holds a reference to the psock, one in tcp_recvmsg does not. */
+ * copied the last TCP byte then still owns the socket, or sleeps in its wait queue, or is gone. */
 static __always_inline bool reader_waits_for_tcp(__u64 sock)
 {
 	const struct sock *sk = (const void *)sock;
-	const struct list_head *head, *at;
-	const struct wait_queue_entry *entry;
-	const struct sk_psock *psock;
-	__u32 sleepers = 0;
-	int i;
+	int asleep;
 
 	if (BPF_CORE_READ(sk, sk_lock.owned))
 		return true;
-	head = (const void *)BPF_CORE_READ(sk, sk_wq);
-	if (!head)
-		return true;
-	head = (const void *)head + bpf_core_field_offset(struct socket_wq, wait.head);
-	at = BPF_CORE_READ(head, next);
-	for (i = 0; i < 8 && at != head; i++) {
-		entry = (const void *)at - bpf_core_field_offset(struct wait_queue_entry, entry);
-		if (!knobs.recv_wake || (__u64)BPF_CORE_READ(entry, func) == knobs.recv_wake)
-			sleepers++;
-		at = BPF_CORE_READ(at, next);
-	}
-	if (at != head)
-		return true;
-	if (!sleepers)
-		return false;
-	psock = psock_of(sk);
-	return sleepers > (__u32)BPF_CORE_READ(psock, refcnt.refs.counter) - 1;
+	asleep = sleepers(sk);
+	return asleep < 0 || asleep > inside(sk);
 }
 
 /* A deep queue needs one of the node's few slots. A slot whose reader has drained may be taken over. */
@@ -75,9 +55,11 @@ static __always_inline bool granted(struct endpoint *ep)
 
 static __always_inline bool memory_short(const struct tcp_sock *tp)
 {
-	return knobs.memory_pages &&
-	       (__u64)BPF_CORE_READ(tp, inet_conn.icsk_inet.sk.__sk_common.skc_prot,
-				    memory_allocated, counter) > knobs.memory_pages;
+	__s64 pages = BPF_CORE_READ(tp, inet_conn.icsk_inet.sk.__sk_common.skc_prot,
+				    memory_allocated, counter);
+
+	/* Signed: the sum may be below zero while CPUs hold reserves (sk_memory_allocated). */
+	return knobs.memory_pages && pages > (__s64)knobs.memory_pages;
 }
 
 /* The unread messages are those sent since the mark before the last: `older` + `newer`. Once the
@@ -133,7 +115,7 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 	look(ep->peer_sock, &r);
 	if (r.cookie != ep->peer)
 		return UP_PEER_GONE;
-	if (r.shutdown & RCV_SHUTDOWN)
+	if (r.shutdown) /* one that has shut down its own side leaves the map: see half_close() */
 		return UP_CLOSING;
 	if (r.ulp)
 		return UP_ULP;

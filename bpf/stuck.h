@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* Readers that would sleep for ever. TCP bytes that arrive behind unread redirected ones have had
+/* Readers that would sleep for ever, or wake for nothing: endpoints that leave the map in time.
+ *
+ * TCP bytes that arrive behind unread redirected ones have had
  * their wake-up before the reader gets to them: an edge-triggered reader that takes a short read for
  * the end (as epoll(7) allows), or asks FIONREAD on a kernel that does not count them, then waits for
  * an event that does not come. nginx does both.
@@ -70,6 +72,44 @@ static __always_inline bool tcp_came_first(const struct endpoint *ep)
 	struct numbers key = {ep->client_next, ep->server_next};
 
 	return ep->role == UP_SERVER && bpf_map_lookup_elem(&handshakes, &key);
+}
+
+/* Our side is shut down; the other may go on. A thread asleep in tcp_bpf_recvmsg takes the wake-up that
+ * the FIN's ACK brings for "nothing there" and returns EAGAIN, also from a blocking read
+ * (tcp_msg_wait_data waits once). So the socket goes back to native reads now, before its reader
+ * sleeps - unless bytes wait for it, or a sender may be on its way into its queue: it saw no shutdown
+ * flag, then it is inside tcp_bpf_sendmsg and awake. */
+static __always_inline void half_close(struct bpf_sock_ops *ctx, struct endpoint *ep)
+{
+	const struct sock *peer = (const void *)ep->peer_sock;
+	struct bpf_sock *sk = ctx->sk;
+	struct tcp_sock *tp;
+
+	tp = sk ? bpf_skc_to_tcp_sock(sk) : 0;
+	if (!tp || !psock_of((const struct sock *)tp) || has_unread((const struct sock *)tp))
+		return;
+	if (peer && inside(peer) > sleepers(peer))
+		return;
+	leave(ctx, ep, UP_HALF_CLOSED);
+}
+
+static __always_inline void on_state(struct bpf_sock_ops *ctx)
+{
+	__u32 state = CTX(args[1]);
+	struct bpf_sock *sk = ctx->sk;
+	struct numbers key;
+	struct endpoint *ep;
+
+	ep = sk ? bpf_sk_storage_get(&endpoints, sk, 0, 0) : 0;
+	if (!ep || !ep->role)
+		return;
+	if (state == BPF_TCP_FIN_WAIT1 && (ep->peer || meet_server(ep)))
+		half_close(ctx, ep);
+	if (state != BPF_TCP_CLOSE || ep->role != UP_CLIENT)
+		return;
+	key.client_next = ep->client_next;
+	key.server_next = ep->server_next;
+	bpf_map_delete_elem(&handshakes, &key); /* should its server not have come */
 }
 
 static __always_inline void on_packet(struct bpf_sock_ops *ctx)

@@ -33,7 +33,7 @@ int up_handshake(struct bpf_sock_ops *ctx)
 		on_server(ctx);
 		break;
 	case BPF_SOCK_OPS_STATE_CB:
-		on_client_state(ctx);
+		on_state(ctx);
 		break;
 	case BPF_SOCK_OPS_TCP_LISTEN_CB:
 		on_listen(ctx);

@@ -37,7 +37,8 @@
 	X(NO_MEMORY, "no-memory")                 /* state for the endpoint could not be allocated */     \
 	X(PEER_REFUSED, "peer-refused")           /* the other end of a proven pair could not enter */    \
 	X(READER_STUCK, "reader-stuck")           /* left: its reader missed TCP bytes behind others */   \
-	X(TCP_FIRST, "tcp-first")                 /* left: the client spoke by TCP before it was paired */
+	X(TCP_FIRST, "tcp-first")                 /* left: the client spoke by TCP before it was paired */ \
+	X(HALF_CLOSED, "half-closed")             /* left: it shut its sending side down */
 
 enum up_reason {
 #define X(name, word) UP_##name,

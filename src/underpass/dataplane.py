@@ -37,6 +37,7 @@ DEFAULT_PINS = namespaces.BPFFS / "underpass"
 OBJECT = Path(__file__).with_name("underpass.bpf.o")
 #: Redirects that were decided before the stop flag was seen are over after this many seconds.
 IN_FLIGHT_SECONDS = 1.5
+_LOCK_SECONDS = 60.0
 
 _MAPS = ("sockets", "control", "counters", "handshakes", "syns", "grants", "holders", "about")
 _PROGRAMS = (
@@ -491,14 +492,40 @@ def _remove_unused(pins: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(pins: Path) -> Iterator[None]:
-    """One ``up`` or ``down`` at a time: a lock on the directory that holds ``pins``."""
+    """One ``up`` or ``down`` at a time for ``pins``: a lock on a directory beside it, which goes
+    with the last holder."""
+    path = pins.with_name(f"{pins.name}-lock")
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            path.mkdir(mode=0o700, exist_ok=True)
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # its last holder has just removed it
+        except OSError as error:
+            raise KernelError("lock", pins, error.errno or 0, "check bpffs") from None
+        with libbpf.Fd(fd):
+            if not _flock(fd):
+                if time.monotonic() > deadline:
+                    cause = "another up or down is at work on it"
+                    raise UnderpassError("lock", pins, cause, "try again when it has finished")
+                time.sleep(0.02)
+                continue
+            if not path.exists() or path.stat().st_ino != os.fstat(fd).st_ino:
+                continue  # removed before we had it
+            try:
+                yield
+            finally:
+                path.rmdir()
+            return
+
+
+def _flock(fd: int) -> bool:
     try:
-        fd = os.open(pins.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise KernelError("lock", pins.parent, error.errno or 0, "check bpffs") from None
-    with libbpf.Fd(fd):
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 # -- from records to the model ---------------------------------------------------------------

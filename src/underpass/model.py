@@ -55,6 +55,7 @@ class Reason(enum.IntEnum):
     PEER_REFUSED = 26, "peer-refused", "the other end of a proven pair could not enter the map"
     READER_STUCK = 27, "reader-stuck", "it left: its reader had missed TCP bytes behind other bytes"
     TCP_FIRST = 28, "tcp-first", "it left: the client spoke by TCP before the pair was made"
+    HALF_CLOSED = 29, "half-closed", "it left: it has shut its sending side down"
 
 
 #: Reasons that refuse a whole connection; the others are given message by message.
