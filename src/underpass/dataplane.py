@@ -18,14 +18,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
-from underpass import __version__, abi, libbpf, namespaces
-from underpass.errors import KernelError, NotLoaded, UnderpassError, Unsupported
+from underpass import abi, knobs, libbpf, namespaces, records
+from underpass.errors import KernelError, NotLoaded, UnderpassError
 from underpass.model import (
     REFUSALS,
     TCP_REASONS,
     Counters,
-    Direction,
-    Endpoint,
     Fault,
     Pair,
     Reason,
@@ -40,7 +38,7 @@ IN_FLIGHT_SECONDS = 1.5
 _LOCK_SECONDS = 60.0
 
 _MAPS = ("sockets", "control", "counters", "handshakes", "syns", "grants", "holders", "about")
-_PROGRAMS = (
+PROGRAMS = (
     "up_handshake",
     "up_steer",
     "up_arm",
@@ -56,11 +54,23 @@ _ZERO = ctypes.c_uint32(0)
 
 
 def up(
-    pins: Path, cgroup: Path, settings: Settings = Settings(), faults: Fault = Fault(0)
+    pins: Path,
+    cgroup: Path,
+    settings: Settings = Settings(),
+    faults: Fault = Fault(0),
+    fionread_broken: bool = True,
 ) -> bool:
     """Make a generation live at ``pins`` for the subtree ``cgroup``; returns when it is.
 
     Arms the listeners that already stand, in every network namespace.
+
+    Args:
+        pins: pin directory, in a bpffs.
+        cgroup: cgroup-v2 directory.
+        settings: sizes.
+        faults: rules to leave out, for tests.
+        fionread_broken: FIONREAD misses TCP bytes of sockets in a map (:mod:`.selftest` tells);
+            True is the safe mode.
 
     Returns:
         True if something changed, False if it was live already.
@@ -69,7 +79,7 @@ def up(
         Unsupported: the kernel lacks something.
         UnderpassError: anything else; nothing is left behind.
     """
-    _check_kernel()
+    namespaces.check_node()
     cgroup = namespaces.check_cgroup(cgroup)
     namespaces.ensure_bpffs(pins)
     with _locked(pins):
@@ -82,7 +92,8 @@ def up(
                 _remove_unused(pins)
             else:
                 return changed
-        _load(_scratch(pins), cgroup, settings, faults)
+        about = knobs.about(cgroup, settings, faults, fionread_broken)
+        _load(_scratch(pins), about)
         os.rename(_scratch(pins), pins)
         with contextlib.ExitStack() as undo:
             undo.callback(_remove, pins)
@@ -224,21 +235,12 @@ class Dataplane:
 
     def open_pairs(self) -> int:
         """Number of pairs whose two endpoints are both in the map."""
-        return len(_matched(self.endpoints()))
+        return len(records.matched(self.endpoints()))
 
     def pairs(self) -> list[Pair]:
         """Open pairs, with the state of both directions."""
         names = {ns.inode: ns.label for ns in namespaces.net_namespaces()}
-        return [
-            Pair(
-                client=_endpoint(client, names),
-                server=_endpoint(server, names),
-                client_to_server=_direction(client),
-                server_to_client=_direction(server),
-                unread=client.unread + server.unread,
-            )
-            for client, server in _matched(self.endpoints())
-        ]
+        return [records.pair(*ends, names) for ends in records.matched(self.endpoints())]
 
     def sockets(self) -> list[Socket]:
         """Every TCP socket of every network namespace, for `explain`."""
@@ -249,7 +251,7 @@ class Dataplane:
                 namespace, lambda: libbpf.iterate(self._fd("up_sockets"))
             )
             names = {namespace.inode: namespace.label}
-            found += [_socket(record, names, held) for record in abi.records(data or b"")]
+            found += [records.socket_of(record, names, held) for record in abi.records(data or b"")]
         return found
 
     def leftovers(self) -> dict[str, int]:
@@ -353,9 +355,31 @@ class Dataplane:
             link.unlink()
         names = {ns.inode: ns.label for ns in namespaces.net_namespaces()} if left else {}
         return [
-            f"{_endpoint(r, names)} ({names.get(r.netns, '?')}): {r.unread} bytes unread"
+            f"{records.endpoint(r, names)} ({names.get(r.netns, '?')}): {r.unread} bytes unread"
             for r in left
         ]
+
+
+def try_load(program: str) -> None:
+    """Load one program by itself, and let it go again: what `doctor` probes with.
+
+    Raises:
+        UnderpassError: the kernel refuses it; the cause is the verifier's.
+    """
+    about = knobs.about(namespaces.find_cgroup2(), Settings(), Fault(0), True)
+    with libbpf.Object(OBJECT) as loaded:
+        loaded.set_constants(".rodata.knobs", about.knobs)
+        loaded.select({program}, PROGRAMS)
+        loaded.load()
+
+
+def own_programs(pins: Path) -> set[int]:
+    """Ids of the sock_ops programs that the generation at ``pins`` has attached."""
+    try:
+        with Dataplane.open(pins) as plane:
+            return {libbpf.program_id(plane._fd("up_handshake"))}
+    except UnderpassError:
+        return set()
 
 
 def attached(cgroup: Path) -> list[int]:
@@ -367,24 +391,10 @@ def attached(cgroup: Path) -> list[int]:
 # -- making and removing ---------------------------------------------------------------------
 
 
-def _check_kernel() -> None:
-    if os.geteuid() != 0:
-        cause = "it needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"
-        raise UnderpassError("load", "programs", cause, "run as root")
-    if not os.access("/sys/kernel/btf/vmlinux", os.R_OK):
-        raise Unsupported(
-            "read",
-            "/sys/kernel/btf/vmlinux",
-            "the kernel has no type information",
-            "use a kernel built with CONFIG_DEBUG_INFO_BTF",
-        )
-
-
-def _load(scratch: Path, cgroup: Path, settings: Settings, faults: Fault) -> None:
+def _load(scratch: Path, about: abi.About) -> None:
     """Load the object and pin its maps and programs in ``scratch``; all or nothing."""
-    about = _about(cgroup, settings, faults)
     with contextlib.ExitStack() as undo, libbpf.Object(OBJECT) as loaded:
-        loaded.set_entries("sockets", 2 * settings.capacity)
+        loaded.set_entries("sockets", 2 * about.capacity)
         loaded.set_entries("grants", about.knobs.grants)
         loaded.set_constants(".rodata.knobs", about.knobs)
         loaded.load()
@@ -396,61 +406,13 @@ def _load(scratch: Path, cgroup: Path, settings: Settings, faults: Fault) -> Non
         undo.callback(_remove, scratch)
         for name in _MAPS:
             libbpf.pin(loaded.map(name), scratch / name)
-        for name in _PROGRAMS:
+        for name in PROGRAMS:
             libbpf.pin(loaded.program(name), scratch / name)
         link = libbpf.attach_map(loaded.program("up_steer"), loaded.map("sockets"))
         if link:
             with link:
                 libbpf.pin(link.number, scratch / _MAP_LINK)
         undo.pop_all()
-
-
-def _about(cgroup: Path, settings: Settings, faults: Fault) -> abi.About:
-    number, level = namespaces.cgroup_id_and_level(cgroup)
-    pages = os.sysconf("SC_PHYS_PAGES")
-    node = settings.node_budget_bytes or pages * os.sysconf("SC_PAGE_SIZE") // 16
-    grants = 1
-    while grants * 2 * settings.budget_bytes <= node and grants < 1024:
-        grants *= 2
-    knobs = abi.Knobs(
-        faults=faults,
-        cgroup_level=level,
-        cgroup_id=number,
-        budget_bytes=settings.budget_bytes,
-        budget_messages=settings.budget_messages,
-        shallow_bytes=min(256 << 10, settings.budget_bytes),
-        shallow_messages=min(128, settings.budget_messages),
-        grants=grants,
-        rdonly_cast=_has_symbol("bpf_rdonly_cast"),
-        memory_pages=_memory_limit(),
-        recv_wake=_symbol("woken_wake_function"),
-    )
-    return abi.About(
-        abi=abi.ABI,
-        capacity=settings.capacity,
-        knobs=knobs,
-        version=__version__.encode(),
-        cgroup=os.fsencode(cgroup),
-    )
-
-
-def _memory_limit() -> int:
-    """Pages of TCP memory where the kernel begins to feel pressure (``tcp_mem[1]``)."""
-    return int(Path("/proc/sys/net/ipv4/tcp_mem").read_text().split()[1])
-
-
-def _symbols() -> dict[str, int]:
-    wanted = {"woken_wake_function", "bpf_rdonly_cast"}
-    with open("/proc/kallsyms") as lines:
-        return {f[2]: int(f[0], 16) for f in map(str.split, lines) if f[2] in wanted}
-
-
-def _symbol(name: str) -> int:
-    return _symbols().get(name, 0)
-
-
-def _has_symbol(name: str) -> bool:
-    return name in _symbols()
 
 
 def _attach_error(error: KernelError, cgroup: Path, fd: int) -> KernelError:
@@ -493,7 +455,8 @@ def _remove_unused(pins: Path) -> None:
 @contextlib.contextmanager
 def _locked(pins: Path) -> Iterator[None]:
     """One ``up`` or ``down`` at a time for ``pins``: a lock on a directory beside it, which goes
-    with the last holder."""
+    with the last holder.
+    """
     path = pins.with_name(f"{pins.name}-lock")
     deadline = time.monotonic() + _LOCK_SECONDS
     while True:
@@ -526,48 +489,3 @@ def _flock(fd: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-# -- from records to the model ---------------------------------------------------------------
-
-
-def _matched(endpoints: list[abi.Record]) -> list[tuple[abi.Record, abi.Record]]:
-    """(client, server) of every pair with both ends in the map; the server knows its client."""
-    clients = {r.cookie: r for r in endpoints if r.role == abi.CLIENT}
-    return [
-        (clients[r.peer], r)
-        for r in endpoints
-        if r.role == abi.SERVER and r.peer in clients
-    ]
-
-
-def _endpoint(record: abi.Record, names: dict[int, str]) -> Endpoint:
-    netns = names.get(record.netns) or namespaces.label(record.netns)
-    return Endpoint(abi.address(record.local_ip), record.local_port, netns)
-
-
-def _direction(record: abi.Record) -> Direction:
-    reason = Reason(record.reason)
-    return Direction(
-        path="shortcut" if reason is Reason.SHORTCUT else "tcp",
-        reason=reason.word,
-        shortcut_bytes=record.shortcut_bytes,
-        shortcut_messages=record.shortcut_messages,
-        tcp_messages=record.tcp_messages,
-    )
-
-
-def _socket(record: abi.Record, names: dict[int, str], held: set[int]) -> Socket:
-    return Socket(
-        endpoint=_endpoint(record, names),
-        remote_address=abi.address(record.remote_ip),
-        remote_port=record.remote_port,
-        listening=record.state == abi.TCP_LISTEN,
-        in_map=record.cookie in held and record.cookie != 0,
-        covered=bool(record.covered),
-        armed=bool(record.armed),
-        role=record.role,
-        reason=Reason(record.reason),
-        cookie=record.cookie,
-        peer=record.peer,
-    )

@@ -9,7 +9,7 @@ import ctypes
 import errno
 import functools
 import os
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -238,7 +238,9 @@ def get(path: Path) -> Fd:
     return Fd(_check(result, "open pin", path, "run `underpass status`"))
 
 
-def lookup(fd: int, key: ctypes._SimpleCData[int], value: ctypes.Array[Any] | ctypes.Structure) -> bool:
+def lookup(
+    fd: int, key: ctypes._SimpleCData[int], value: ctypes.Array[Any] | ctypes.Structure
+) -> bool:
     """Read one element into ``value``; False if there is none."""
     lib, _ = _library()
     result = lib.bpf_map_lookup_elem(fd, ctypes.byref(key), ctypes.byref(value))
@@ -262,6 +264,12 @@ def count_keys(fd: int, key_size: int) -> int:
     while lib.bpf_map_get_next_key(fd, key, following) == 0:
         key, total = ctypes.create_string_buffer(following.raw, key_size), total + 1
     return total
+
+
+def version() -> str:
+    """Version of the loaded libbpf, as ``1.1``."""
+    lib, _ = _library()
+    return f"{lib.libbpf_major_version()}.{lib.libbpf_minor_version()}"
 
 
 def possible_cpus() -> int:
@@ -331,15 +339,24 @@ def attached(cgroup: int) -> list[int]:
     return list(ids[: count.value])
 
 
+def _program_info(fd: int) -> bytes:
+    """The head of ``struct bpf_prog_info``."""
+    lib, _ = _library()
+    info = ctypes.create_string_buffer(256)
+    size = ctypes.c_uint32(len(info))
+    result = lib.bpf_obj_get_info_by_fd(fd, info, ctypes.byref(size))
+    _check(result, "ask about program", f"fd {fd}", "run `underpass doctor`")
+    return info.raw
+
+
+def program_id(fd: int) -> int:
+    """Id of a loaded program."""
+    return int.from_bytes(_program_info(fd)[4:8], sys.byteorder)
+
+
 def program_name(number: int) -> str:
     """Name of a loaded program (15 characters at most)."""
     lib, _ = _library()
     result = lib.bpf_prog_get_fd_by_id(number)
     with Fd(_check(result, "open program", number, "run `underpass doctor`")) as fd:
-        info = ctypes.create_string_buffer(256)
-        size = ctypes.c_uint32(len(info))
-        result = lib.bpf_obj_get_info_by_fd(fd.number, info, ctypes.byref(size))
-        _check(result, "ask about program", number, "run `underpass doctor`")
-        return info.raw[64:80].split(b"\0")[0].decode()
-
-
+        return _program_info(fd.number)[64:80].split(b"\0")[0].decode()

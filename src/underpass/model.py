@@ -58,10 +58,12 @@ class Reason(enum.IntEnum):
     HALF_CLOSED = 29, "half-closed", "it left: it has shut its sending side down"
 
 
+#: Every reason, by its number.
+REASONS = tuple(Reason)
 #: Reasons that refuse a whole connection; the others are given message by message.
-REFUSALS = tuple(r for r in Reason if r >= Reason.NOT_LOCAL)
+REFUSALS = tuple(r for r in REASONS if r >= Reason.NOT_LOCAL)
 #: Reasons for which a message goes by TCP.
-TCP_REASONS = tuple(r for r in Reason if Reason.UNPAIRED <= r < Reason.NOT_LOCAL)
+TCP_REASONS = tuple(r for r in REASONS if Reason.UNPAIRED <= r < Reason.NOT_LOCAL)
 
 
 class Fault(enum.IntFlag):

@@ -17,6 +17,9 @@ CLONE_NEWNET = 0x40000000
 _BPF_MAGIC = 0xCAFE4A11
 _CGROUP2_MAGIC = 0x63677270
 
+CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_PERFMON": 38, "CAP_BPF": 39}
+_SYS_ADMIN = 21
+
 Result = TypeVar("Result")
 
 
@@ -38,6 +41,36 @@ def _mounts() -> list[list[str]]:
         left, _, right = line.partition(" - ")
         lines.append(left.split()[:6] + right.split())
     return lines
+
+
+def missing_capabilities() -> list[str]:
+    """Names of the needed capabilities that this process does not have."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            held = int(line.split()[1], 16)
+            if held >> _SYS_ADMIN & 1 and held >> CAPABILITIES["CAP_NET_ADMIN"] & 1:
+                return []
+            return [name for name, bit in CAPABILITIES.items() if not held >> bit & 1]
+    return list(CAPABILITIES)
+
+
+def check_node() -> None:
+    """Are the capabilities and the kernel's type information there?
+
+    Raises:
+        UnderpassError: a capability is missing.
+        Unsupported: the kernel has no BTF.
+    """
+    missing = missing_capabilities()
+    if missing:
+        raise UnderpassError("load", "programs", f"missing {', '.join(missing)}", "run as root")
+    if not os.access("/sys/kernel/btf/vmlinux", os.R_OK):
+        raise Unsupported(
+            "read",
+            "/sys/kernel/btf/vmlinux",
+            "the kernel has no type information",
+            "use a kernel built with CONFIG_DEBUG_INFO_BTF",
+        )
 
 
 def find_cgroup2() -> Path:

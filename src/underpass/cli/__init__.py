@@ -30,10 +30,10 @@ _COMMANDS = {
 class _Commands(click.Group):
     """Imports a command's module only when it is called: `status` need not load `bench`."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, _ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
 
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+    def get_command(self, _ctx: click.Context, name: str) -> click.Command | None:
         if name not in _COMMANDS:
             return None
         module = importlib.import_module(f"underpass.cli.{_COMMANDS[name]}")
@@ -45,7 +45,7 @@ class _Commands(click.Group):
 @click.version_option(__version__, prog_name="underpass")
 @click.option(
     "--pins",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),
     default=Path("/sys/fs/bpf/underpass"),
     show_default=True,
     help="Pin directory of the generation to act on (in a bpffs).",

@@ -6,19 +6,20 @@ from pathlib import Path
 
 import click
 
-from underpass import config, dataplane, namespaces
+from underpass import config, dataplane, namespaces, selftest
+from underpass.errors import UnderpassError, Unsupported
 
 
 @click.command()
 @click.option(
     "--cgroup",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),
     help="Limit it to this cgroup-v2 subtree.  [default: the cgroup-v2 root]",
 )
 @click.option(
     "--config",
     "config_path",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),
     help="TOML file: capacity (pairs), budget_bytes, budget_messages, node_budget_bytes.",
 )
 @click.pass_obj
@@ -29,6 +30,27 @@ def up(pins: Path, cgroup: Path | None, config_path: Path | None) -> None:
     before stay on plain TCP. Again is no change.
     """
     settings = config.read(config_path)
-    subtree = cgroup or namespaces.find_cgroup2()
-    changed = dataplane.up(pins, subtree, settings)
+    subtree = namespaces.check_cgroup(cgroup or namespaces.find_cgroup2())
+    broken = pins.exists() or _fionread_broken()
+    changed = dataplane.up(pins, subtree, settings, fionread_broken=broken)
     click.echo(f"underpass is {'up' if changed else 'already up'} on {subtree}")
+
+
+def _fionread_broken() -> bool:
+    """Try this kernel before traffic does; tells whether the safe mode for FIONREAD is needed.
+
+    Raises:
+        Unsupported: it lacks a behaviour that underpass depends on.
+    """
+    namespaces.check_node()
+    try:
+        outcomes = selftest.run(quick=True)
+    except Unsupported:
+        raise
+    except UnderpassError:
+        return True  # no test bed here, as in a read-only cgroup file system: the safe mode
+    for outcome in outcomes:
+        if outcome.vital and not outcome.ok:
+            cause = f"{outcome.name}: {outcome.detail}"
+            raise Unsupported("trust", "this kernel", cause, "run `underpass doctor`")
+    return selftest.fionread_broken(outcomes)

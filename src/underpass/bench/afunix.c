@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+// The practical limit on this machine: qperf's two TCP tests over an AF_UNIX stream.
+//
+//   afunix tcp_lat|tcp_bw SIZE MILLISECONDS CLIENT_CPU SERVER_CPU
+//
+// Prints one number: microseconds one way, or Mb/s as the receiver counted them. Blocking calls,
+// whole messages, one client and one server process, as in qperf.
+#define _GNU_SOURCE
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/time.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+static volatile sig_atomic_t stopped;
+
+static void on_alarm(int signal_number)
+{
+	(void)signal_number;
+	stopped = 1;
+}
+
+static double now(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
+}
+
+static int pin(int cpu)
+{
+	cpu_set_t set;
+
+	CPU_ZERO(&set);
+	CPU_SET(cpu, &set);
+	return sched_setaffinity(0, sizeof(set), &set);
+}
+
+// Moves one whole message; 0 when the other end closed or the time is up.
+static int move_whole(int fd, char *data, size_t size, int sending)
+{
+	size_t done = 0;
+
+	while (done < size) {
+		ssize_t n = sending ? send(fd, data + done, size - done, MSG_NOSIGNAL)
+				    : recv(fd, data + done, size - done, 0);
+
+		if (n <= 0)
+			return 0;
+		done += (size_t)n;
+	}
+	return 1;
+}
+
+static void serve_latency(int fd, char *data, size_t size)
+{
+	while (move_whole(fd, data, size, 0) && move_whole(fd, data, size, 1))
+		;
+}
+
+static void serve_bandwidth(int fd, char *data, size_t size)
+{
+	double begin = now(), bytes = 0;
+	ssize_t n;
+
+	while ((n = recv(fd, data, size, 0)) > 0)
+		bytes += (double)n;
+	printf("%.4f\n", bytes * 8 / (now() - begin) / 1e6);
+	fflush(stdout);
+}
+
+int main(int argc, char **argv)
+{
+	int latency, ends[2], client_cpu, server_cpu;
+	unsigned long trips = 0;
+	struct itimerval timer;
+	struct sigaction alarm_action;
+	size_t size, time_ms;
+	double begin;
+	char *data;
+
+	if (argc != 6)
+		return 2;
+	latency = !strcmp(argv[1], "tcp_lat");
+	size = strtoul(argv[2], NULL, 10);
+	time_ms = strtoul(argv[3], NULL, 10);
+	client_cpu = atoi(argv[4]);
+	server_cpu = atoi(argv[5]);
+	data = calloc(1, size);
+	if (!data || !time_ms || socketpair(AF_UNIX, SOCK_STREAM, 0, ends))
+		return 1;
+	if (!fork()) {
+		close(ends[0]);
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		if (pin(server_cpu))
+			_exit(1);
+		if (latency)
+			serve_latency(ends[1], data, size);
+		else
+			serve_bandwidth(ends[1], data, size);
+		_exit(0);
+	}
+	close(ends[1]);
+	if (pin(client_cpu))
+		return 1;
+	memset(&timer, 0, sizeof(timer));
+	timer.it_value.tv_sec = (time_t)(time_ms / 1000);
+	timer.it_value.tv_usec = (suseconds_t)(time_ms % 1000) * 1000;
+	memset(&alarm_action, 0, sizeof(alarm_action));
+	alarm_action.sa_handler = on_alarm;
+	sigaction(SIGALRM, &alarm_action, NULL);
+	begin = now();
+	setitimer(ITIMER_REAL, &timer, NULL);
+	if (latency) {
+		while (!stopped && move_whole(ends[0], data, size, 1) &&
+		       move_whole(ends[0], data, size, 0))
+			trips++;
+		if (!trips)
+			return 1;
+		printf("%.4f\n", (now() - begin) / (double)trips / 2 * 1e6);
+	} else {
+		while (!stopped && move_whole(ends[0], data, size, 1))
+			;
+	}
+	fflush(stdout);
+	close(ends[0]);
+	wait(NULL);
+	return 0;
+}

@@ -1,0 +1,36 @@
+"""AF_UNIX, the practical limit: the small program that wheel builds compile from ``afunix.c``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from underpass.bench.compare import Placement, Reading, Volume
+from underpass.errors import UnderpassError
+
+PROGRAM = Path(__file__).with_name("afunix")
+
+
+def available() -> bool:
+    """Whether this build has the program."""
+    return os.access(PROGRAM, os.X_OK)
+
+
+def command(test: str, size: int, milliseconds: int, placement: Placement) -> list[str]:
+    """One test at one size; with several cores to an end, the outermost of each."""
+    cpus = [str(placement.client_cpus[0]), str(placement.server_cpus[-1])]
+    return [str(PROGRAM), test, str(size), str(milliseconds), *cpus]
+
+
+def parse(text: str) -> Reading:
+    """Its one number: microseconds one way, or Mb/s.
+
+    Raises:
+        UnderpassError: it printed something else.
+    """
+    try:
+        return Reading(float(text), Volume("bytes", 0.0))
+    except ValueError:
+        raise UnderpassError(
+            "read", PROGRAM, f"it printed: {text[:80]!r}", "build underpass again"
+        ) from None

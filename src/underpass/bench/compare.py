@@ -1,0 +1,203 @@
+"""What is compared, in which order, and whether the comparison may be believed. No I/O."""
+
+from __future__ import annotations
+
+import enum
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+#: A run is judged by messages, so let a few of the program's own set-up or a late timer pass.
+RULED_FLOOR = 0.95
+#: A row below this share is marked wherever it is shown.
+HALF = 0.5
+
+
+class Mode(enum.StrEnum):
+    """How the bytes of one run travel."""
+
+    DEFAULT = "default"
+    SHORTCUT = "shortcut"
+    UNIX = "unix"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which cores the two ends may use."""
+
+    name: str
+    client_cpus: tuple[int, ...]
+    server_cpus: tuple[int, ...]
+
+    def __str__(self) -> str:
+        ends = (self.client_cpus, self.server_cpus)
+        client, server = (",".join(map(str, cpus)) for cpus in ends)
+        if self.name == "one-core":
+            return f"both ends on core {client}"
+        if self.name == "two-cores":
+            return f"client on core {client}, server on core {server}"
+        return f"both ends free on cores {client}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the comparison: a test at a size, or one kind of request.
+
+    Attributes:
+        floor: least share (0..1) of what a shortcut run moved that the shortcut must have carried.
+        ruled: the data plane may hold any part of it on TCP (a stream of small messages fills the
+            message budget), but must have given nearly every message a path and a reason.
+    """
+
+    placement: str
+    test: str
+    label: str
+    unit: str
+    less_is_better: bool
+    floor: float
+    ruled: bool = False
+
+    def __str__(self) -> str:
+        return " ".join(part for part in (self.placement, self.test, self.label) if part)
+
+
+@dataclass(frozen=True)
+class Volume:
+    """How much one run moved by the program's own account. ``unit``: "messages" or "bytes"."""
+
+    unit: str
+    amount: float
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a program reported of one run. ``messages`` is needed where a row is ``ruled``."""
+
+    figure: float
+    volume: Volume
+    messages: float = 0.0
+
+
+@dataclass(frozen=True)
+class Moved:
+    """By how much the kernel's counters moved during one run."""
+
+    pairs: int = 0
+    shortcut_messages: int = 0
+    shortcut_bytes: int = 0
+    tcp_messages: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One run: what the program said and what the kernel counted meanwhile."""
+
+    mode: Mode
+    round: int
+    reading: Reading
+    moved: Moved
+
+    @property
+    def carried(self) -> float:
+        """Share (0..1) of the run's volume that the shortcut carried."""
+        volume = self.reading.volume
+        counted = (
+            self.moved.shortcut_bytes if volume.unit == "bytes" else self.moved.shortcut_messages
+        )
+        return min(1.0, counted / volume.amount) if volume.amount else 0.0
+
+    @property
+    def ruled(self) -> float:
+        """Share (0..1) of the run's messages to which the data plane gave a path."""
+        seen = self.moved.shortcut_messages + sum(self.moved.tcp_messages.values())
+        return min(1.0, seen / self.reading.messages) if self.reading.messages else 0.0
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of several runs between the lowest and the highest."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, figures: Sequence[float]) -> Spread:
+        """Of at least one figure."""
+        return cls(statistics.median(figures), min(figures), max(figures))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A row with all its runs."""
+
+    row: Row
+    samples: tuple[Sample, ...]
+
+    def figures(self, mode: Mode) -> list[float]:
+        """What the runs of a mode reported, round by round."""
+        # ABBA turns modes within a round, so each mode's runs are in the order of the rounds.
+        return [s.reading.figure for s in self.samples if s.mode is mode]
+
+    def spread(self, mode: Mode) -> Spread | None:
+        """Median, lowest and highest of a mode, None where it did not run."""
+        figures = self.figures(mode)
+        return Spread.of(figures) if figures else None
+
+    @property
+    def ratio(self) -> Spread | None:
+        """Shortcut over default: ratio of the medians, spread of the ratios round by round."""
+        default, shortcut = self.figures(Mode.DEFAULT), self.figures(Mode.SHORTCUT)
+        if not default or not shortcut or not all(default):
+            return None
+        rounds = [s / d for s, d in zip(shortcut, default, strict=True)]
+        medians = statistics.median(shortcut) / statistics.median(default)
+        return Spread(medians, min(rounds), max(rounds))
+
+    @property
+    def carried(self) -> Spread | None:
+        """Share that the shortcut carried, over the shortcut runs."""
+        shares = [s.carried for s in self.samples if s.mode is Mode.SHORTCUT]
+        return Spread.of(shares) if shares else None
+
+
+def schedule(modes: Sequence[Mode], rounds: int) -> list[tuple[int, Mode]]:
+    """The order of a row's runs: every round turned round (ABBA), so that a drift cancels."""
+    order: list[tuple[int, Mode]] = []
+    for number in range(rounds):
+        step = modes if number % 2 == 0 else tuple(reversed(modes))
+        order += [(number, mode) for mode in step]
+    return order
+
+
+def disbelief(sample: Sample, row: Row) -> str | None:
+    """Why this run does not count as what it claims to be, None when it does."""
+    moved = sample.moved
+    if sample.mode is Mode.DEFAULT and (moved.shortcut_messages or moved.pairs):
+        return (
+            f"{row}, round {sample.round + 1}: a default run used the shortcut"
+            f" ({moved.shortcut_messages} messages, {moved.pairs} pairs)"
+        )
+    if sample.mode is not Mode.SHORTCUT:
+        return None
+    if not moved.pairs or not moved.shortcut_messages:
+        return f"{row}, round {sample.round + 1}: nothing of a shortcut run took the shortcut"
+    if row.ruled and sample.ruled < RULED_FLOOR:
+        return (
+            f"{row}, round {sample.round + 1}: the data plane saw {sample.ruled:.1%} of the"
+            f" messages, {RULED_FLOOR:.0%} needed"
+        )
+    if sample.carried < row.floor:
+        tcp = ", ".join(f"{reason} {n}" for reason, n in moved.tcp_messages.items() if n)
+        return (
+            f"{row}, round {sample.round + 1}: the shortcut carried {sample.carried:.1%} of the"
+            f" {sample.reading.volume.unit}, {row.floor:.0%} needed"
+            f" ({moved.pairs} pairs; by TCP: {tcp or 'nothing counted'})"
+        )
+    return None
+
+
+def failures(outcomes: Sequence[Outcome]) -> list[str]:
+    """One line for each run that the kernel's counters do not bear out."""
+    lines = (disbelief(sample, o.row) for o in outcomes for sample in o.samples)
+    return [line for line in lines if line]

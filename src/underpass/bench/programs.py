@@ -1,0 +1,374 @@
+"""The real programs: how each is served, asked and read. Configuration files are written here."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from underpass.bench import qperf
+from underpass.bench.bed import CLIENT_ADDRESS, SERVER_ADDRESS
+from underpass.bench.compare import Mode, Reading, Row, Volume
+from underpass.errors import UnderpassError
+
+#: A shortcut run of requests must have passed nearly every message by the shortcut, a stream
+#: more than half its bytes: above the budget TCP holds the sender, by design. Streams of messages
+#: below this size live at the message budget, so their share is shown and not judged.
+SMALL = 1024
+REQUESTS_FLOOR, STREAM_FLOOR = 0.99, 0.5
+
+_BODY = 64 << 10
+_MODES = {Mode.DEFAULT: 0, Mode.SHORTCUT: 1}
+
+
+class Place(Protocol):
+    """What a workload may ask of the runner, which knows namespaces, cgroups and cores."""
+
+    def directory(self, name: str) -> Path:
+        """A directory of the benchmark's own, made if it is not there."""
+
+    def serve(self, mode: Mode, argv: list[str], port: int, client_side: bool = False) -> None:
+        """Start a server; return when it listens."""
+
+    def once(self, argv: list[str]) -> str:
+        """Run a set-up program and return what it printed."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One row: what to run at the client and how to read it."""
+
+    test: str
+    label: str
+    unit: str
+    less_is_better: bool
+    floor: float
+    argv: Callable[[Mode], list[str]]
+    parse: Callable[[str], Reading]
+
+    ruled: bool = False
+
+    def row(self, placement: str) -> Row:
+        """The row of the comparison that this measures, at one placement."""
+        return Row(
+            placement,
+            self.test,
+            self.label,
+            self.unit,
+            self.less_is_better,
+            self.floor,
+            self.ruled,
+        )
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A comparison: programs it needs (with their packages), its servers, its rows."""
+
+    name: str
+    needs: dict[str, str]
+    serve: Callable[[Place, Mode], None]
+    measures: Callable[[Path, int], list[Measure]]
+    unix: bool = False
+
+
+def missing(workload: Workload) -> None:
+    """Check that the programs are here.
+
+    Raises:
+        UnderpassError: one is not; names its package.
+    """
+    for program, package in workload.needs.items():
+        if not find(program):
+            raise UnderpassError(
+                "run workload", workload.name, f"{program} is not here", f"install {package}"
+            )
+
+
+def find(program: str) -> str | None:
+    """Where a program is; PostgreSQL's server programs are outside PATH on Debian."""
+    postgres = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{program}"))
+    path = shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    return path or (str(postgres[-1]) if postgres else None)
+
+
+def _port(base: int, mode: Mode) -> int:
+    return base + _MODES.get(mode, 0)
+
+
+def _number(pattern: str, text: str, program: str) -> float:
+    found = re.search(pattern, text, re.MULTILINE)
+    if not found:
+        said = " ".join(text.split())[:120] or "nothing"
+        raise UnderpassError("read", f"the output of {program}", f"it printed: {said}", "see why")
+    return float(found[1])
+
+
+# -- qperf ---------------------------------------------------------------------------------
+
+
+def _qperf_measures(_: Path, seconds: int) -> list[Measure]:
+    return [_qperf(test, size, seconds) for test in qperf.TESTS for size in qperf.SIZES]
+
+
+def _qperf(test: str, size: int, seconds: int) -> Measure:
+    latency = test == "tcp_lat"
+    ruled = not latency and size < SMALL
+    return Measure(
+        test=test,
+        label=str(size),
+        unit="us" if latency else "Mb/s",
+        less_is_better=latency,
+        floor=REQUESTS_FLOOR if latency else 0.0 if ruled else STREAM_FLOOR,
+        argv=lambda mode: qperf.client(SERVER_ADDRESS, _port(19770, mode), test, size, seconds),
+        parse=lambda text: qperf.parse(text, size, seconds),
+        ruled=ruled,
+    )
+
+
+QPERF = Workload(
+    "qperf",
+    {"qperf": "qperf"},
+    lambda place, mode: place.serve(mode, qperf.server(_port(19770, mode)), _port(19770, mode)),
+    _qperf_measures,
+    unix=True,
+)
+
+
+# -- redis ---------------------------------------------------------------------------------
+
+
+def _redis_serve(place: Place, mode: Mode) -> None:
+    port = _port(16379, mode)
+    options = {"port": str(port), "save": "", "appendonly": "no", "protected-mode": "no"}
+    options["dir"] = str(place.directory(f"redis-{mode.value}"))
+    flags = [word for name, value in options.items() for word in (f"--{name}", value)]
+    place.serve(mode, ["redis-server", *flags], port)
+
+
+def _redis_measures(_: Path, seconds: int) -> list[Measure]:
+    return [_redis(command, deep, seconds) for deep in (1, 16) for command in ("GET", "SET")]
+
+
+def _redis(command: str, deep: int, seconds: int) -> Measure:
+    count = (60_000 if deep == 1 else 800_000) * seconds
+    head = ["redis-benchmark", "-h", SERVER_ADDRESS, "-q", "--csv", "-P", str(deep)]
+
+    def parse(text: str) -> Reading:
+        rate = _number(rf'^"{command}","([\d.]+)"', text, "redis-benchmark")
+        return Reading(rate, Volume("messages", 2 * count / deep))
+
+    return Measure(
+        "redis", f"{command} -P {deep}" if deep > 1 else command, "requests/s", False,
+        REQUESTS_FLOOR,
+        lambda mode: [*head, "-p", str(_port(16379, mode)), "-n", str(count), "-t", command],
+        parse,
+    )  # fmt: skip
+
+
+# -- nginx ---------------------------------------------------------------------------------
+
+_NGINX = """daemon off;
+user root;
+worker_processes 1;
+pid {home}/pid;
+error_log {home}/error.log;
+events {{ worker_connections 1024; }}
+http {{
+  access_log off;
+  sendfile on;
+  keepalive_requests 1000000000;
+  client_body_temp_path {home}/body;
+  proxy_temp_path {home}/proxy;
+  fastcgi_temp_path {home}/fastcgi;
+  uwsgi_temp_path {home}/uwsgi;
+  scgi_temp_path {home}/scgi;
+  {body}
+}}
+"""
+_SITE = """server {{ listen {port}; root {home};
+    location = /small {{ return 200 "under the stack\\n"; }} }}"""
+_PROXY = """upstream other {{ server {address}:{port}; keepalive 64;
+    keepalive_requests 1000000000; }}
+  server {{ listen {listen}; location / {{ proxy_pass http://other; proxy_http_version 1.1;
+    proxy_set_header Connection ""; proxy_buffers 16 16k; }} }}"""
+
+
+@dataclass(frozen=True)
+class _Site:
+    """One nginx: its directory's name, what its configuration serves, and at which end it is."""
+
+    name: str
+    body: str
+    port: int
+    client_side: bool = False
+
+
+def _nginx_start(place: Place, mode: Mode, site: _Site) -> None:
+    home = place.directory(f"{site.name}-{mode.value}")
+    (home / "file").write_bytes(bytes(_BODY))
+    config = home / "nginx.conf"
+    config.write_text(_NGINX.format(home=home, body=site.body.replace("HOME", str(home))))
+    program = find("nginx") or "nginx"
+    argv = [program, "-p", str(home), "-c", str(config)]
+    place.serve(mode, argv, site.port, client_side=site.client_side)
+
+
+def _nginx_serve(place: Place, mode: Mode) -> None:
+    port = _port(18080, mode)
+    _nginx_start(place, mode, _Site("site", _SITE.format(port=port, home="HOME"), port))
+
+
+def _nginx_proxy_serve(place: Place, mode: Mode) -> None:
+    """Client -> proxy -> upstream; the upstream beside the client, so both legs cross."""
+    port, listen = _port(18090, mode), _port(18080, mode)
+    upstream = _SITE.format(port=port, home="HOME")
+    _nginx_start(place, mode, _Site("upstream", upstream, port, client_side=True))
+    proxy = _PROXY.format(address=CLIENT_ADDRESS, port=port, listen=listen)
+    _nginx_start(place, mode, _Site("proxy", proxy, listen))
+
+
+def _nginx_measures(legs: int) -> Callable[[Path, int], list[Measure]]:
+    name = "nginx" if legs == 1 else "nginx-proxy"
+
+    def small(text: str) -> Reading:
+        rate = _number(r"^Requests/sec:\s+([\d.]+)", text, "wrk")
+        count = _number(r"^\s+(\d+) requests in", text, "wrk")
+        return Reading(rate, Volume("messages", 2 * legs * count))
+
+    def file(text: str) -> Reading:
+        rate = _number(r"^Requests/sec:\s+([\d.]+)", text, "wrk")
+        count = _number(r"^\s+(\d+) requests in", text, "wrk")
+        return Reading(rate, Volume("bytes", legs * count * _BODY))
+
+    def measures(_: Path, seconds: int) -> list[Measure]:
+        head = ["wrk", "-t", "1", "-c", "32", "-d", f"{seconds}s"]
+
+        def ask(path: str) -> Callable[[Mode], list[str]]:
+            return lambda mode: [*head, f"http://{SERVER_ADDRESS}:{_port(18080, mode)}{path}"]
+
+        unit = "requests/s"
+        return [
+            Measure(name, "small", unit, False, REQUESTS_FLOOR, ask("/small"), small),
+            Measure(name, "64 KiB", unit, False, STREAM_FLOOR, ask("/file"), file),
+        ]
+
+    return measures
+
+
+# -- PostgreSQL ----------------------------------------------------------------------------
+
+_SERVER_OPTIONS = {"fsync": "off", "shared_buffers": "64MB", "listen_addresses": "*"}
+
+
+def _as_other_user() -> tuple[list[str], int, int]:
+    """PostgreSQL refuses root: the words that change user, and whom they change to."""
+    for name in ("postgres", "nobody"):
+        try:
+            user = pwd.getpwnam(name)
+        except KeyError:
+            continue
+        ids = [f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
+        return ["setpriv", *ids], user.pw_uid, user.pw_gid
+    raise UnderpassError("start", "postgres", "no user but root", "install postgresql")
+
+
+def _postgres_serve(place: Place, mode: Mode) -> None:
+    port = _port(15432, mode)
+    change, uid, gid = _as_other_user()
+    home = place.directory(f"postgres-{mode.value}")
+    os.chown(home, uid, gid)
+    data = home / "data"
+    if not data.exists():
+        flags = ["--auth=trust", "--username=bench", "--no-sync", "--encoding=UTF8"]
+        place.once([*change, find("initdb") or "initdb", "-D", str(data), *flags])
+        with (data / "pg_hba.conf").open("a") as rules:
+            rules.write("host all all 10.99.0.0/24 trust\n")
+    options = {**_SERVER_OPTIONS, "port": str(port), "unix_socket_directories": str(home)}
+    flags = [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
+    place.serve(mode, [*change, find("postgres") or "postgres", "-D", str(data), *flags], port)
+    where = ["-h", str(home), "-p", str(port), "-U", "bench"]
+    place.once(["pgbench", *where, "-i", "-q", "-s", "1", "postgres"])
+
+
+def _postgres_measures(home: Path, seconds: int) -> list[Measure]:
+    row = home / "row.sql"
+    row.write_text(f"SELECT repeat('x', {_BODY});\n")
+
+    def ask(options: list[str]) -> Callable[[Mode], list[str]]:
+        head = ["pgbench", "-n", "-T", str(seconds), "-c", "8", "-U", "bench"]
+        where = ["-h", SERVER_ADDRESS]
+        return lambda mode: [
+            *head, *where, "-p", str(_port(15432, mode)), *options, "postgres",
+        ]  # fmt: skip
+
+    def parse(per_transaction: Volume) -> Callable[[str], Reading]:
+        def read(text: str) -> Reading:
+            rate = _number(r"^tps = ([\d.]+)", text, "pgbench")
+            count = _number(r"actually processed: (\d+)", text, "pgbench")
+            return Reading(rate, Volume(per_transaction.unit, per_transaction.amount * count))
+
+        return read
+
+    select = parse(Volume("messages", 2))
+    big = parse(Volume("bytes", _BODY))
+    unit = "transactions/s"
+    return [
+        Measure("postgres", "SELECT", unit, False, REQUESTS_FLOOR, ask(["-S"]), select),
+        Measure("postgres", "64 KiB row", unit, False, STREAM_FLOOR, ask(["-f", str(row)]), big),
+    ]
+
+
+# -- iperf3 --------------------------------------------------------------------------------
+
+
+def _iperf_measures(_: Path, seconds: int) -> list[Measure]:
+    def parse(text: str) -> Reading:
+        try:
+            total = json.loads(text)["end"]["sum_received"]
+        except (ValueError, KeyError):
+            cause = f"it printed: {' '.join(text.split())[:120]}"
+            raise UnderpassError("read", "the output of iperf3", cause, "see why") from None
+        return Reading(total["bits_per_second"] / 1e6, Volume("bytes", total["bytes"]))
+
+    def ask(flags: list[str]) -> Callable[[Mode], list[str]]:
+        return lambda mode: [
+            "iperf3", "-c", SERVER_ADDRESS, "-p", str(_port(15201, mode)), "-t", str(seconds),
+            "-J", *flags,
+        ]  # fmt: skip
+
+    return [
+        Measure("iperf3", "to server", "Mb/s", False, STREAM_FLOOR, ask([]), parse),
+        Measure("iperf3", "to client", "Mb/s", False, STREAM_FLOOR, ask(["-R"]), parse),
+    ]
+
+
+def _iperf_serve(place: Place, mode: Mode) -> None:
+    port = _port(15201, mode)
+    place.serve(mode, ["iperf3", "-s", "-p", str(port)], port)
+
+
+_WRK = {"nginx": "nginx-light or nginx", "wrk": "wrk"}
+_POSTGRES = dict.fromkeys(("initdb", "postgres", "pgbench"), "postgresql")
+WORKLOADS = {
+    w.name: w
+    for w in (
+        QPERF,
+        Workload(
+            "redis",
+            {"redis-server": "redis-server", "redis-benchmark": "redis-tools"},
+            _redis_serve,
+            _redis_measures,
+        ),
+        Workload("nginx", _WRK, _nginx_serve, _nginx_measures(1)),
+        Workload("nginx-proxy", _WRK, _nginx_proxy_serve, _nginx_measures(2)),
+        Workload("postgres", _POSTGRES, _postgres_serve, _postgres_measures),
+        Workload("iperf3", {"iperf3": "iperf3"}, _iperf_serve, _iperf_measures),
+    )
+}

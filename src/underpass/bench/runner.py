@@ -1,0 +1,187 @@
+"""Runs a comparison: a generation of its own, servers for both modes, and the alternation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from underpass import dataplane
+from underpass.bench import afunix
+from underpass.bench.bed import Bed
+from underpass.bench.compare import (
+    Mode,
+    Moved,
+    Outcome,
+    Placement,
+    Reading,
+    Sample,
+    schedule,
+)
+from underpass.bench.processes import Group, listens, wait_for
+from underpass.bench.programs import Measure, Workload
+from underpass.dataplane import Dataplane
+from underpass.errors import NotLoaded, UnderpassError
+from underpass.model import Counters
+
+#: A program may take this much longer than it was asked to run, then it is ended.
+_GRACE = 30.0
+_SERVER_START = 30.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run. ``seconds`` is per run, ``unix_milliseconds`` per AF_UNIX run (0: none)."""
+
+    workload: Workload
+    placements: tuple[Placement, ...]
+    rounds: int
+    seconds: int
+    unix_milliseconds: int = 0
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """The modes of every round."""
+        unix = (Mode.UNIX,) if self.unix_milliseconds else ()
+        return (Mode.DEFAULT, Mode.SHORTCUT, *unix)
+
+    def estimate(self, rows: int) -> float:
+        """Seconds that all of it takes, about."""
+        once = 2 * self.seconds + self.unix_milliseconds / 1000
+        return len(self.placements) * (rows * self.rounds * once + 3)
+
+
+def refuse_if_covered(cgroup: Path, pins: Sequence[Path]) -> None:
+    """Default runs must be native: no generation may cover the benchmark's cgroup.
+
+    Raises:
+        UnderpassError: one does.
+    """
+    for path in dict.fromkeys(pins):
+        try:
+            plane = Dataplane.open(path)
+        except NotLoaded:
+            continue
+        with plane:
+            if cgroup.is_relative_to(plane.cgroup):
+                cause = f"the generation at {path} covers {plane.cgroup}, default runs too"
+                raise UnderpassError("measure in", cgroup, cause, "run `underpass down` first")
+
+
+@contextmanager
+def generation(bed: Bed) -> Iterator[Dataplane]:
+    """A generation of the benchmark's own, for its shortcut cgroup only."""
+    try:
+        dataplane.up(bed.pins, bed.shortcut.path)
+        with Dataplane.open(bed.pins) as plane:
+            yield plane
+    finally:
+        # Whatever still waited unread belonged to programs of ours.
+        bed.shortcut.end()
+        left = dataplane.down(bed.pins, timeout=10)
+        if left:
+            raise UnderpassError(
+                "remove", bed.pins, f"{len(left)} endpoints did not drain", "run bench again"
+            )
+
+
+class Stage:
+    """One placement in the bed: starts servers, runs clients. A ``programs.Place``."""
+
+    def __init__(self, bed: Bed, placement: Placement) -> None:
+        self._bed, self.placement = bed, placement
+
+    def _group(self, mode: Mode) -> Group:
+        return self._bed.shortcut if mode is Mode.SHORTCUT else self._bed.default
+
+    def directory(self, name: str) -> Path:
+        """A directory in the bed's, made if it is not there."""
+        path = self._bed.directory / name
+        path.mkdir(exist_ok=True)
+        return path
+
+    def serve(self, mode: Mode, argv: list[str], port: int, client_side: bool = False) -> None:
+        """Start a server and return when it listens.
+
+        Raises:
+            UnderpassError: it ended or did not listen; tells its last words.
+        """
+        netns = self._bed.client_netns if client_side else self._bed.server_netns
+        cpus = self.placement.client_cpus if client_side else self.placement.server_cpus
+        log = self._bed.directory / f"{Path(argv[0]).name}-{port}.log"
+        child = self._group(mode).spawn(argv, netns, cpus, log)
+        wait_for(lambda: child.poll() is not None or listens(child.pid, port), _SERVER_START)
+        if child.poll() is not None or not listens(child.pid, port):
+            said = " ".join(log.read_text(errors="replace").split())[-200:] or "it said nothing"
+            raise UnderpassError("start", " ".join(argv), said, "run it by hand to see")
+
+    def once(self, argv: list[str]) -> str:
+        """Run a set-up program on this machine's own side, outside both namespaces."""
+        return self._bed.default.run(argv, None, sorted(os.sched_getaffinity(0)), 60)
+
+    def client(self, mode: Mode, argv: list[str], seconds: float) -> str:
+        """Run a client to its end and return what it printed."""
+        cpus, netns = self.placement.client_cpus, self._bed.client_netns
+        return self._group(mode).run(argv, netns, cpus, seconds + _GRACE)
+
+    def end_servers(self) -> None:
+        """End what was started in either mode."""
+        for group in (self._bed.shortcut, self._bed.default):
+            group.end()
+
+
+def moved(before: Counters, after: Counters) -> Moved:
+    """What the counters of a generation moved by between two readings."""
+    return Moved(
+        pairs=after.pairs_total - before.pairs_total,
+        shortcut_messages=after.shortcut_messages_total - before.shortcut_messages_total,
+        shortcut_bytes=after.shortcut_bytes_total - before.shortcut_bytes_total,
+        tcp_messages={
+            reason: count - before.tcp_messages_total.get(reason, 0)
+            for reason, count in after.tcp_messages_total.items()
+        },
+    )
+
+
+class Comparison:
+    """A plan under way. ``done`` is told after every run what ran."""
+
+    def __init__(self, plan: Plan, bed: Bed, plane: Dataplane, done: Callable[[str], None]) -> None:
+        self._plan, self._bed, self._plane, self._done = plan, bed, plane, done
+
+    def run(self) -> list[Outcome]:
+        """Run all of it.
+
+        Raises:
+            UnderpassError: a program could not be run or read.
+        """
+        outcomes: list[Outcome] = []
+        for placement in self._plan.placements:
+            stage = Stage(self._bed, placement)
+            with ExitStack() as stack:
+                stack.callback(stage.end_servers)
+                for mode in (Mode.DEFAULT, Mode.SHORTCUT):
+                    self._plan.workload.serve(stage, mode)
+                measures = self._plan.workload.measures(self._bed.directory, self._plan.seconds)
+                outcomes.extend(self._row(measure, stage) for measure in measures)
+        return outcomes
+
+    def _row(self, measure: Measure, stage: Stage) -> Outcome:
+        row = measure.row(stage.placement.name)
+        samples = []
+        for number, mode in schedule(self._plan.modes, self._plan.rounds):
+            before = self._plane.counters()
+            reading = self._once(measure, mode, stage)
+            difference = moved(before, self._plane.counters())
+            samples.append(Sample(mode, number, reading, difference))
+            self._done(f"{row}: {mode.value}")
+        return Outcome(row, tuple(samples))
+
+    def _once(self, measure: Measure, mode: Mode, stage: Stage) -> Reading:
+        if mode is not Mode.UNIX:
+            return measure.parse(stage.client(mode, measure.argv(mode), self._plan.seconds))
+        duration = self._plan.unix_milliseconds
+        argv = afunix.command(measure.test, int(measure.label), duration, stage.placement)
+        return afunix.parse(stage.client(mode, argv, duration / 1000))

@@ -1,0 +1,58 @@
+"""What a generation is loaded with: sizes from the settings, facts from the running kernel."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from underpass import __version__, abi, namespaces
+from underpass.model import Fault, Settings
+
+
+def about(cgroup: Path, settings: Settings, faults: Fault, fionread_broken: bool) -> abi.About:
+    number, level = namespaces.cgroup_id_and_level(cgroup)
+    pages = os.sysconf("SC_PHYS_PAGES")
+    node = settings.node_budget_bytes or pages * os.sysconf("SC_PAGE_SIZE") // 16
+    grants = 1
+    while grants * 2 * settings.budget_bytes <= node and grants < 1024:
+        grants *= 2
+    knobs = abi.Knobs(
+        faults=faults,
+        cgroup_level=level,
+        cgroup_id=number,
+        budget_bytes=settings.budget_bytes,
+        budget_messages=settings.budget_messages,
+        shallow_bytes=min(256 << 10, settings.budget_bytes),
+        shallow_messages=min(128, settings.budget_messages),
+        grants=grants,
+        rdonly_cast=_has_symbol("bpf_rdonly_cast"),
+        fionread_broken=fionread_broken,
+        memory_pages=_memory_limit(),
+        recv_wake=_symbol("woken_wake_function"),
+    )
+    return abi.About(
+        abi=abi.ABI,
+        capacity=settings.capacity,
+        knobs=knobs,
+        version=__version__.encode(),
+        cgroup=os.fsencode(cgroup),
+    )
+
+
+def _memory_limit() -> int:
+    """Pages of TCP memory where the kernel begins to feel pressure (``tcp_mem[1]``)."""
+    return int(Path("/proc/sys/net/ipv4/tcp_mem").read_text().split()[1])
+
+
+def _symbols() -> dict[str, int]:
+    wanted = {"woken_wake_function", "bpf_rdonly_cast"}
+    with open("/proc/kallsyms") as lines:
+        return {f[2]: int(f[0], 16) for f in map(str.split, lines) if f[2] in wanted}
+
+
+def _symbol(name: str) -> int:
+    return _symbols().get(name, 0)
+
+
+def _has_symbol(name: str) -> bool:
+    return name in _symbols()
