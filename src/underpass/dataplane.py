@@ -94,7 +94,7 @@ def up(
                 return changed
         about = knobs.about(cgroup, settings, faults, fionread_broken)
         _load(_scratch(pins), about)
-        os.rename(_scratch(pins), pins)
+        _scratch(pins).rename(pins)
         with contextlib.ExitStack() as undo:
             undo.callback(_remove, pins)
             with Dataplane.open(pins) as plane:
@@ -133,7 +133,7 @@ def down(
         with plane:
             left = plane.drain(timeout, on_progress)
             if not left:
-                os.rename(pins, _scratch(pins))
+                pins.rename(_scratch(pins))
         _remove(_scratch(pins))
     return left
 
@@ -214,6 +214,10 @@ class Dataplane:
         if stop == Reason.DRAINING or not (self.pins / _LINK).exists():
             return "draining"
         return "paused" if stop == Reason.PAUSED else "active"
+
+    def program_id(self) -> int:
+        """Id of its sock_ops program."""
+        return libbpf.program_id(self._fd("up_handshake"))
 
     def counters(self) -> Counters:
         """Totals since the generation was loaded."""
@@ -377,7 +381,7 @@ def own_programs(pins: Path) -> set[int]:
     """Ids of the sock_ops programs that the generation at ``pins`` has attached."""
     try:
         with Dataplane.open(pins) as plane:
-            return {libbpf.program_id(plane._fd("up_handshake"))}
+            return {plane.program_id()}
     except UnderpassError:
         return set()
 
@@ -454,8 +458,9 @@ def _remove_unused(pins: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(pins: Path) -> Iterator[None]:
-    """One ``up`` or ``down`` at a time for ``pins``: a lock on a directory beside it, which goes
-    with the last holder.
+    """One ``up`` or ``down`` at a time for ``pins``: a lock.
+
+    It is on a directory beside it, which goes with the last holder.
     """
     path = pins.with_name(f"{pins.name}-lock")
     deadline = time.monotonic() + _LOCK_SECONDS

@@ -1,4 +1,4 @@
-"""Why traffic between two addresses does or does not take the shortcut. Pure: facts in, words out."""
+"""Why traffic between two addresses does or does not take the shortcut. Pure."""
 
 from __future__ import annotations
 

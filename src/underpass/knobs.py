@@ -10,6 +10,7 @@ from underpass.model import Fault, Settings
 
 
 def about(cgroup: Path, settings: Settings, faults: Fault, fionread_broken: bool) -> abi.About:
+    """What the generation for ``cgroup`` is described as and loaded with."""
     number, level = namespaces.cgroup_id_and_level(cgroup)
     pages = os.sysconf("SC_PHYS_PAGES")
     node = settings.node_budget_bytes or pages * os.sysconf("SC_PAGE_SIZE") // 16
@@ -46,7 +47,7 @@ def _memory_limit() -> int:
 
 def _symbols() -> dict[str, int]:
     wanted = {"woken_wake_function", "bpf_rdonly_cast"}
-    with open("/proc/kallsyms") as lines:
+    with Path("/proc/kallsyms").open() as lines:
         return {f[2]: int(f[0], 16) for f in map(str.split, lines) if f[2] in wanted}
 
 

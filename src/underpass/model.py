@@ -17,6 +17,7 @@ class Reason(enum.IntEnum):
     meaning: str
 
     def __new__(cls, value: int, word: str, meaning: str) -> Reason:
+        """A reason with its number, its word and what it means."""
         member = int.__new__(cls, value)
         member._value_ = value
         member.word, member.meaning = word, meaning
@@ -67,7 +68,7 @@ TCP_REASONS = tuple(r for r in REASONS if Reason.UNPAIRED <= r < Reason.NOT_LOCA
 
 
 class Fault(enum.IntFlag):
-    """Known-bad twins: builds that leave out one rule, for tests that must notice (``up_fault``)."""
+    """Known-bad twins (``up_fault``): each leaves out one rule, for tests that must notice."""
 
     NO_GATE = 1 << 0
     NO_BUDGET = 1 << 1

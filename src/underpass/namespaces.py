@@ -173,7 +173,7 @@ def net_namespaces() -> list[NetNamespace]:
 
 def _inode(path: str) -> int:
     try:
-        return os.stat(path).st_ino
+        return Path(path).stat().st_ino
     except OSError:
         return 0  # the process has gone
 

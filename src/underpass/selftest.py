@@ -34,8 +34,14 @@ _BLOCK = 64 << 10
 
 @dataclass(frozen=True)
 class Outcome:
-    """One test: ``ok`` tells whether the kernel does what ``name`` says; ``vital`` whether
-    underpass depends on it, else ``consequence`` says what a failure means.
+    """One test.
+
+    Attributes:
+        name: what the kernel should do.
+        ok: it does.
+        vital: underpass depends on it.
+        detail: what was seen, if not ok.
+        consequence: what it means if not ok.
     """
 
     name: str
