@@ -14,6 +14,7 @@
 #define AF_INET 2
 #define AF_INET6 10
 #define SOL_TCP 6
+#define EEXIST 17
 #define ENOSPC 28
 #define EBUSY 16
 #define ENOMEM 12

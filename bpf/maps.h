@@ -22,6 +22,7 @@ struct endpoint {
 	__u64 mark;  /* value of shortcut_bytes when `newer` began to count */
 	__u32 newer; /* messages since the mark */
 	__u32 older; /* messages between the mark before and the mark */
+	__u64 gone_at;     /* ns: when the peer was first missed */
 	__u64 seen_at;     /* ns: since when the TCP bytes before `seen_copied` wait unread */
 	__u32 seen_copied;
 	__u32 keep_idle;   /* what TCP_KEEPIDLE was before we ticked, seconds */
@@ -30,7 +31,7 @@ struct endpoint {
 	__u8 role;
 	__u8 reason;  /* of the last message, or of the refusal */
 	__u8 on_tcp;  /* a message went by TCP since the last redirect */
-	__u8 leave;   /* the other end will never come: sock_ops takes the socket out of the map */
+	__u8 leave;   /* 1 = the other end will never come, 2 = it has left: sock_ops takes us out, too */
 	__u8 watched; /* listener: this generation set the SYN-ACK callback */
 	__u8 ticking; /* the keepalive timer runs for us; 2 = the program had it on itself */
 	__u8 pad[2];

@@ -164,10 +164,10 @@ static __always_inline void on_syn_ack(struct bpf_sock_ops *ctx)
 	number = bpf_ntohl(head.number);
 	read_view(ctx, &syn.view);
 	known = bpf_map_lookup_elem(&syns, &number);
-	if (!known)
-		bpf_map_update_elem(&syns, &number, &syn, BPF_ANY);
-	else if (!same_view(&known->view, &syn.view))
+	if (known && !same_view(&known->view, &syn.view))
 		known->ambiguous = 1;
+	if (!known && bpf_map_update_elem(&syns, &number, &syn, BPF_ANY))
+		count_socket(UP_NO_MEMORY);
 }
 
 static __always_inline void on_client(struct bpf_sock_ops *ctx)
@@ -180,6 +180,7 @@ static __always_inline void on_client(struct bpf_sock_ops *ctx)
 	struct endpoint *ep;
 	struct bpf_sock *sk;
 	struct syn *syn;
+	long error;
 
 	if (draining())
 		return;
@@ -216,15 +217,17 @@ static __always_inline void on_client(struct bpf_sock_ops *ctx)
 	ep->server_next = key.server_next;
 	shake.client = ep->cookie;
 	shake.client_sock = (__u64)bpf_skc_to_tcp_sock(sk);
-	if (bpf_map_update_elem(&handshakes, &key, &shake,
-				fault(UP_FAULT_ADDRESS_KEYS) ? BPF_ANY : BPF_NOEXIST)) {
+	error = bpf_map_update_elem(&handshakes, &key, &shake,
+				    fault(UP_FAULT_ADDRESS_KEYS) ? BPF_ANY : BPF_NOEXIST);
+	if (error) {
 		twin = bpf_map_lookup_elem(&handshakes, &key);
 		if (twin)
 			twin->ambiguous = 1;
-		ep->reason = UP_AMBIGUOUS;
+		ep->role = 0;
+		ep->reason = error == -EEXIST ? UP_AMBIGUOUS : UP_NO_MEMORY;
 		bpf_map_delete_elem(&sockets, &ep->cookie);
 		clear_flags(ctx, BUILD_FLAG | CLOSE_FLAG);
-		return count_socket(UP_AMBIGUOUS);
+		return count_socket(ep->reason);
 	}
 }
 

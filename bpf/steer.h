@@ -164,6 +164,10 @@ static __always_inline int steer(struct sk_msg_md *msg)
 	} else {
 		ep->on_tcp = 1;
 		ep->tcp_messages++;
+		if (reason == UP_PEER_GONE && !ep->leave) {
+			ep->gone_at = bpf_ktime_get_ns();
+			ep->leave = 2;
+		}
 		if (fault(UP_FAULT_SK_DROP))
 			return SK_DROP;
 	}

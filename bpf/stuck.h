@@ -47,11 +47,14 @@ static __always_inline void stop_ticking(struct bpf_sock_ops *ctx, struct endpoi
 	ep->ticking = 0;
 }
 
+/* Takes the calling socket out of the map, for good. The caller knows that no redirected byte waits
+ * for it or is on its way. Setting SO_RCVLOWAT wakes whoever has bytes to read (tcp_set_rcvlowat). */
 static __always_inline void leave(struct bpf_sock_ops *ctx, struct endpoint *ep,
 				  enum up_reason reason)
 {
 	struct numbers key = {ep->client_next, ep->server_next};
 	struct handshake *shake;
+	int lowat = 0;
 
 	if (ep->role == UP_SERVER) {
 		shake = bpf_map_lookup_elem(&handshakes, &key);
@@ -64,6 +67,10 @@ static __always_inline void leave(struct bpf_sock_ops *ctx, struct endpoint *ep,
 	ep->reason = reason;
 	count_socket(reason);
 	clear_flags(ctx, BUILD_FLAG | CLOSE_FLAG);
+	if (ep->ticking)
+		stop_ticking(ctx, ep);
+	if (!bpf_getsockopt(ctx, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat)))
+		bpf_setsockopt(ctx, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat));
 }
 
 /* The client has spoken by TCP and knows of no server yet, so it has redirected nothing to us. */
@@ -117,19 +124,20 @@ static __always_inline void on_packet(struct bpf_sock_ops *ctx)
 	struct bpf_sock *sk = ctx->sk;
 	struct tcp_sock *tp;
 	struct endpoint *ep;
-	int lowat = 0;
 	__u32 copied;
 	__u64 now;
 
 	ep = sk ? bpf_sk_storage_get(&endpoints, sk, 0, 0) : 0;
 	if (!ep || !ep->role)
 		return;
-	if (ep->leave) /* no one redirects to it: its server never entered */
+	if (ep->leave == 1)
 		return leave(ctx, ep, UP_PEER_REFUSED);
 	tp = bpf_skc_to_tcp_sock(sk);
 	if (!tp)
 		return;
 	now = bpf_ktime_get_ns();
+	if (ep->leave && now - ep->gone_at > PATIENCE_NS && !has_unread((const struct sock *)tp))
+		return leave(ctx, ep, UP_PEER_GONE); /* what it had under way has arrived by now */
 	copied = tp->copied_seq;
 	if (tp->rcv_nxt == copied) {
 		if (ep->ticking && now - ep->seen_at > PATIENCE_NS)
@@ -149,11 +157,7 @@ static __always_inline void on_packet(struct bpf_sock_ops *ctx)
 	}
 	if (now - ep->seen_at < PATIENCE_NS || has_unread((const struct sock *)tp))
 		return;
-	stop_ticking(ctx, ep);
 	leave(ctx, ep, UP_READER_STUCK);
-	/* Setting SO_RCVLOWAT wakes whoever has bytes to read (tcp_set_rcvlowat). */
-	if (!bpf_getsockopt(ctx, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat)))
-		bpf_setsockopt(ctx, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat));
 }
 
 #endif
