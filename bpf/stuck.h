@@ -135,6 +135,8 @@ static __always_inline void on_packet(struct bpf_sock_ops *ctx)
 	tp = bpf_skc_to_tcp_sock(sk);
 	if (!tp)
 		return;
+	if (CTX(state) == BPF_TCP_FIN_WAIT1) /* its FIN: a moment later, perhaps a better one */
+		return half_close(ctx, ep);
 	now = bpf_ktime_get_ns();
 	if (ep->leave && now - ep->gone_at > PATIENCE_NS && !has_unread((const struct sock *)tp))
 		return leave(ctx, ep, UP_PEER_GONE); /* what it had under way has arrived by now */

@@ -1,0 +1,32 @@
+"""What all tests share: the switch for longer runs, and numbers worth reading in the summary."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+
+pytest_plugins = ["tests.kernel.fixtures"]
+
+_MEASURED: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def long_run() -> bool:
+    """Whether UNDERPASS_LONG asks for the torture runs."""
+    return bool(os.environ.get("UNDERPASS_LONG"))
+
+
+@pytest.fixture(scope="session")
+def measured() -> Callable[[str], None]:
+    """Takes a line that is printed after the tests."""
+    return _MEASURED.append
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests measured."""
+    if _MEASURED:
+        terminalreporter.section("measured")
+        for line in _MEASURED:
+            terminalreporter.write_line(line)

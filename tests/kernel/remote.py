@@ -1,0 +1,284 @@
+"""Single sockets in worker processes, moved a call at a time by the test."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import select
+import socket
+import struct
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.kernel.content import Sink, content
+from tests.kernel.plans import family_of
+from tests.kernel.waiting import wait_until
+from tests.kernel.worker import CALL_DEADLINE, Worker
+
+_SOCKETS: dict[int, socket.socket] = {}
+_SENT: dict[int, int] = {}
+_SINKS: dict[int, Sink] = {}
+_DEADLINE = 20.0
+_RECVFROM = "45" if platform.machine() == "x86_64" else "207"
+ROUND = 4096
+"""Bytes that `exchange` sends each way in a round."""
+
+Address = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A socket of a worker; every method runs there and raises what the call raised there."""
+
+    worker: Worker
+    number: int
+
+    def accept(self) -> Remote:
+        """Accept a connection within the deadline."""
+        return Remote(self.worker, self.worker.call(_accept, self.number))
+
+    def names(self) -> tuple[Address, Address]:
+        """Its own and its peer's address and port."""
+        return self.worker.call(_names, self.number)
+
+    def send(self, stream: int, size: int, write: int = 16384) -> None:
+        """Send the next `size` bytes of `stream` in writes of `write` bytes."""
+        self.submit_send(stream, size, write).result(CALL_DEADLINE)
+
+    def submit_send(self, stream: int, size: int, write: int = 16384) -> Future[None]:
+        """Begin to send as `send` does."""
+        return self.worker.submit(_send, self.number, stream, size, write)
+
+    def fill(self, stream: int, write: int, most: int, quiet: float = 0.5) -> int:
+        """Send without blocking until `most` bytes or until nothing is taken for `quiet` seconds.
+
+        Returns the total of all bytes sent so far.
+        """
+        return self.worker.call(_fill, self.number, stream, write, most, quiet)
+
+    def receive(self, stream: int, size: int, deadline: float = _DEADLINE) -> None:
+        """Receive the next `size` bytes of `stream`.
+
+        Raises WrongBytesError when they are not right, EOFError when the stream ends before,
+        BlockingIOError when nothing comes for `deadline` seconds.
+        """
+        self.submit_receive(stream, size, deadline).result(CALL_DEADLINE)
+
+    def submit_receive(self, stream: int, size: int, deadline: float = _DEADLINE) -> Future[None]:
+        """Begin to receive as `receive` does."""
+        return self.worker.submit(_receive, self.number, stream, size, deadline)
+
+    def submit_read(self, stream: int, size: int, deadline: float, flags: int = 0) -> Future[None]:
+        """Begin one single recv call that has to return all `size` next bytes of `stream`."""
+        return self.worker.submit(_read, self.number, stream, size, deadline, flags)
+
+    def sleeps_in_recv(self) -> bool:
+        """Whether a thread of the worker is inside a recv call on this socket now."""
+        for task in Path(f"/proc/{self.worker.pid}/task").iterdir():
+            with contextlib.suppress(OSError):
+                number, *arguments = (task / "syscall").read_text().split()
+                if number == _RECVFROM and int(arguments[0], 16) == self.number:
+                    return True
+        return False
+
+    def queues(self) -> tuple[int, int]:
+        """Bytes that TCP has not had acknowledged, bytes that TCP holds for the reader; IPv4."""
+        ports = tuple(port for _, port in self.names())
+        for line in Path(f"/proc/{self.worker.pid}/net/tcp").read_text().splitlines()[1:]:
+            _, local, remote, _, queues, *_ = line.split()
+            if tuple(int(end.rpartition(":")[2], 16) for end in (local, remote)) == ports:
+                unacknowledged, unread = queues.split(":")
+                return int(unacknowledged, 16), int(unread, 16)
+        text = f"no TCP socket with ports {ports}"
+        raise AssertionError(text)
+
+    def shut(self) -> None:
+        """Half-close: shutdown(SHUT_WR)."""
+        self.worker.call(_shut, self.number)
+
+    def expect_eof(self) -> None:
+        """Fail unless the next thing that comes is EOF."""
+        self.worker.call(_expect_eof, self.number)
+
+    def close(self, *, reset: bool = False) -> None:
+        """Close it, with an RST if asked to."""
+        self.worker.call(_close, self.number, reset=reset)
+
+
+def listen(worker: Worker, address: Address, *, reuse_port: bool = False) -> Remote:
+    """Open a listening socket in the worker; "::" takes IPv4 too."""
+    return Remote(worker, worker.call(_listen, address, reuse_port=reuse_port))
+
+
+def connect(
+    worker: Worker, to: Address, source: Address | None = None, *, deferred: bool = False
+) -> Remote:
+    """Connect a socket of the worker, bound to `source` first; `deferred`: TCP_DEFER_ACCEPT."""
+    return Remote(worker, worker.call(_connect, to, source, deferred=deferred))
+
+
+def accept_any(listeners: list[Remote]) -> Remote:
+    """Accept the one connection that waits at one of the listeners."""
+
+    def accept_one() -> Remote | None:
+        for listener in listeners:
+            if listener.worker.call(_waiting, listener.number):
+                return listener.accept()
+        return None
+
+    found = wait_until(accept_one, "a connection at one of the listeners")
+    assert found is not None
+    return found
+
+
+def couple(
+    client: Worker,
+    server: Worker,
+    to: Address,
+    source: Address | None = None,
+    listen_on: Address | None = None,
+) -> tuple[Remote, Remote]:
+    """Listen on `listen_on` (or `to`), connect to `to`, accept, stop listening: both ends."""
+    listener = listen(server, listen_on or to)
+    near = connect(client, to, source)
+    far = listener.accept()
+    listener.close()
+    return near, far
+
+
+def exchange(
+    near: Remote, far: Remote, stream: int, rounds: int = 4, deadline: float = _DEADLINE
+) -> None:
+    """Send and check `ROUND` bytes each way, `rounds` times: streams `stream` and the next."""
+    for _ in range(rounds):
+        near.send(stream, ROUND)
+        far.receive(stream, ROUND, deadline)
+        far.send(stream + 1, ROUND)
+        near.receive(stream + 1, ROUND, deadline)
+
+
+def _timeout(seconds: float) -> bytes:
+    return struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+
+
+def _keep(sock: socket.socket) -> int:
+    left = _timeout(_DEADLINE)
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        sock.setsockopt(socket.SOL_SOCKET, option, left)
+    _SOCKETS[sock.fileno()] = sock
+    return sock.fileno()
+
+
+def _listen(address: Address, *, reuse_port: bool) -> int:
+    listener = socket.socket(family_of(address[0]), socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if reuse_port:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    if listener.family == socket.AF_INET6:
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    listener.bind(address)
+    listener.listen(1024)
+    return _keep(listener)
+
+
+def _waiting(number: int) -> bool:
+    return bool(select.select([_SOCKETS[number]], [], [], 0)[0])
+
+
+def _connect(to: Address, source: Address | None, *, deferred: bool) -> int:
+    sock = socket.socket(family_of(to[0]), socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if deferred:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
+    number = _keep(sock)
+    if source is not None:
+        sock.bind(source)
+    sock.connect(to)
+    return number
+
+
+def _accept(number: int) -> int:
+    sock, _ = _SOCKETS[number].accept()
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return _keep(sock)
+
+
+def _names(number: int) -> tuple[Address, Address]:
+    sock = _SOCKETS[number]
+    mine, peer = sock.getsockname(), sock.getpeername()
+    return (mine[0], mine[1]), (peer[0], peer[1])
+
+
+def _send(number: int, stream: int, size: int, write: int) -> None:
+    last = _SENT.get(number, 0) + size
+    while (offset := _SENT.get(number, 0)) < last:
+        taken = _SOCKETS[number].send(content(stream, offset, min(write, last - offset)))
+        _SENT[number] = offset + taken
+
+
+def _fill(number: int, stream: int, write: int, most: int, quiet: float) -> int:
+    sock = _SOCKETS[number]
+    poller = select.poll()
+    poller.register(sock, select.POLLOUT)
+    offset = _SENT.get(number, 0)
+    while offset < most:
+        try:
+            part = content(stream, offset, min(write, most - offset))
+            offset += sock.send(part, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            if not poller.poll(quiet * 1000):
+                break
+    _SENT[number] = offset
+    return offset
+
+
+def _receive(number: int, stream: int, size: int, deadline: float) -> None:
+    _SOCKETS[number].setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeout(deadline))
+    sink = _SINKS.setdefault(number, Sink(stream))
+    last = sink.offset + size
+    end = time.monotonic() + deadline
+    while sink.offset < last:
+        try:
+            data = _SOCKETS[number].recv(min(65536, last - sink.offset))
+        except BlockingIOError:
+            # a reader in a sockmap that is woken for nothing gets EAGAIN
+            if time.monotonic() > end:
+                raise
+            continue
+        if not data:
+            text = f"stream {stream:#x}: EOF at offset {sink.offset} of {last}"
+            raise EOFError(text)
+        sink.feed(data)
+
+
+def _read(number: int, stream: int, size: int, deadline: float, flags: int) -> None:
+    sock = _SOCKETS[number]
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeout(deadline))
+    data = sock.recv(size, flags)
+    _SINKS.setdefault(number, Sink(stream)).feed(data)
+    if len(data) != size:
+        text = f"{len(data)} bytes of {size}"
+        raise EOFError(text)
+
+
+def _shut(number: int) -> None:
+    _SOCKETS[number].shutdown(socket.SHUT_WR)
+
+
+def _expect_eof(number: int) -> None:
+    data = _SOCKETS[number].recv(65536)
+    if data:
+        text = f"{len(data)} bytes instead of EOF"
+        raise AssertionError(text)
+
+
+def _close(number: int, *, reset: bool) -> None:
+    sock = _SOCKETS.pop(number)
+    for state in (_SENT, _SINKS):
+        state.pop(number, None)
+    if reset:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()

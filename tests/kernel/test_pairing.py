@@ -1,0 +1,189 @@
+"""Which connections pair: every one whose two ends are here, and no other."""
+
+from __future__ import annotations
+
+import ipaddress
+
+import pytest
+
+from tests.kernel.bed import CLIENT4, ROUTER4, SERVER4, SERVER6, Bed
+from tests.kernel.fixtures import MakePlane
+from tests.kernel.remote import (
+    ROUND,
+    Address,
+    Remote,
+    connect,
+    couple,
+    exchange,
+    listen,
+)
+from tests.kernel.waiting import wait_until
+from underpass.dataplane import Dataplane
+
+SERVICE = "10.96.0.10"
+PORT = 8080
+
+
+def _same(address: str, other: str) -> bool:
+    """Whether two texts name one address; IPv4-mapped counts as IPv4."""
+    a, b = (ipaddress.ip_address(text) for text in (address, other))
+    return (getattr(a, "ipv4_mapped", None) or a) == (getattr(b, "ipv4_mapped", None) or b)
+
+
+def _check_paired(underpass: Dataplane, near: Remote, far: Remote) -> None:
+    """The pair is listed with both ends' own addresses, and both directions took the shortcut."""
+    exchange(near, far, 1)
+    [pair] = underpass.pairs()
+    for end, remote in ((pair.client, near), (pair.server, far)):
+        address, port = remote.names()[0]
+        assert _same(end.address, address)
+        assert end.port == port
+        assert end.netns == remote.worker.place.netns
+    for direction in (pair.client_to_server, pair.server_to_client):
+        assert direction.path == "shortcut"
+        assert direction.reason == "shortcut"
+        assert direction.shortcut_bytes >= 3 * ROUND
+    assert underpass.counters().pairs_total == 1
+
+
+def _check_plain(underpass: Dataplane, near: Remote, far: Remote, reason: str) -> None:
+    """The connection works, over TCP alone, and the reason is counted."""
+    exchange(near, far, 1)
+    counters = underpass.counters()
+    assert counters.pairs_total == 0
+    assert counters.shortcut_messages_total == 0
+    refused = {word for word, number in counters.refused_total.items() if number}
+    assert reason in refused
+    assert underpass.pairs() == []
+    wait_until(lambda: underpass.endpoints() == [], "no socket is in the map")
+
+
+@pytest.mark.parametrize(
+    ("to", "listen_on"),
+    [
+        pytest.param((SERVER4, PORT), None, id="IPv4"),
+        pytest.param((SERVER6, PORT), None, id="IPv6"),
+        pytest.param((SERVER4, PORT), ("::", PORT), id="dual stack"),
+        pytest.param((f"::ffff:{SERVER4}", PORT), None, id="IPv4-mapped"),
+    ],
+)
+def test_plain_connections_pair(
+    bed: Bed, plane: MakePlane, to: Address, listen_on: Address | None
+) -> None:
+    """Claim: a connection between two namespaces pairs, in every address family."""
+    underpass = plane()
+    ends = couple(bed.worker("client"), bed.worker("server"), to, listen_on=listen_on)
+    _check_paired(underpass, *ends)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1", CLIENT4])
+def test_connections_inside_a_namespace_pair(bed: Bed, plane: MakePlane, address: str) -> None:
+    """Claim: a connection over loopback or to an own address pairs."""
+    underpass = plane()
+    ends = couple(bed.worker("client"), bed.worker("client"), (address, PORT))
+    _check_paired(underpass, *ends)
+
+
+def test_dnat_pairs(bed: Bed, plane: MakePlane) -> None:
+    """Claim: a connection to a service address that is rewritten to the server's pairs."""
+    _redirect(bed, "client", "OUTPUT", f"{SERVER4}:{PORT}")
+    underpass = plane()
+    workers = bed.worker("client"), bed.worker("server")
+    near, far = couple(*workers, (SERVICE, 80), listen_on=(SERVER4, PORT))
+    assert near.names()[1] == (SERVICE, 80)
+    assert far.names()[1] == near.names()[0]
+    _check_paired(underpass, near, far)
+
+
+def test_dnat_with_snat_pairs(bed: Bed, plane: MakePlane) -> None:
+    """Claim: a connection pairs although the server sees the router's address as the client's."""
+    _redirect(bed, "router", "PREROUTING", f"{SERVER4}:{PORT}")
+    _masquerade(bed)
+    underpass = plane()
+    workers = bed.worker("client"), bed.worker("server")
+    near, far = couple(*workers, (SERVICE, 80), listen_on=(SERVER4, PORT))
+    assert far.names()[1][0] == ROUTER4
+    _check_paired(underpass, near, far)
+
+
+def test_hairpin_pairs(bed: Bed, plane: MakePlane) -> None:
+    """Claim: a connection that leaves a namespace and comes back to it through a service pairs."""
+    _redirect(bed, "router", "PREROUTING", f"{CLIENT4}:{PORT}")
+    _masquerade(bed)
+    underpass = plane()
+    workers = bed.worker("client"), bed.worker("client")
+    near, far = couple(*workers, (SERVICE, 80), listen_on=(CLIENT4, PORT))
+    assert far.names()[1][0] == ROUTER4
+    _check_paired(underpass, near, far)
+
+
+def test_an_address_that_nobody_here_holds_does_not_pair(bed: Bed, plane: MakePlane) -> None:
+    """Claim: where the server sees an address that no namespace holds, it stays TCP."""
+    foreign = "10.77.0.77"
+    rule = f"-p tcp --dport {PORT} -j SNAT --to-source {foreign}"
+    bed.within("router", "iptables", "-t", "nat", "-A", "POSTROUTING", *rule.split())
+    _redirect(bed, "router", "PREROUTING", f"{SERVER4}:{PORT}")
+    link = bed.within("router", "cat", "/sys/class/net/br0/address").strip()
+    bed.within("server", "ip", "neigh", "add", foreign, "lladdr", link, "dev", "eth0")
+    underpass = plane()
+    workers = bed.worker("client"), bed.worker("server")
+    near, far = couple(*workers, (SERVICE, 80), listen_on=(SERVER4, PORT))
+    assert far.names()[1][0] == foreign
+    _check_plain(underpass, near, far, "address-mismatch")
+
+
+def test_a_server_elsewhere_never_enters(bed: Bed, plane: MakePlane) -> None:
+    """Claim: a client whose server is outside the cgroup, as on another node, stays untouched."""
+    underpass = plane()
+    near, far = couple(bed.worker("client"), bed.worker("server", outside=True), (SERVER4, PORT))
+    assert underpass.endpoints() == []
+    _check_plain(underpass, near, far, "not-local")
+
+
+def test_a_client_elsewhere_never_enters(bed: Bed, plane: MakePlane) -> None:
+    """Claim: a server whose client is outside the cgroup, as on another node, stays untouched."""
+    underpass = plane()
+    near, far = couple(bed.worker("client", outside=True), bed.worker("server"), (SERVER4, PORT))
+    assert underpass.endpoints() == []
+    _check_plain(underpass, near, far, "remote-client")
+
+
+def test_a_socket_connected_to_itself_stays_tcp(bed: Bed, plane: MakePlane) -> None:
+    """Claim: a self-connected socket works and never enters the map."""
+    underpass = plane()
+    own = (CLIENT4, 30000)
+    both = connect(bed.worker("client"), own, own)
+    for _ in range(5):
+        both.send(1, ROUND)
+        both.receive(1, ROUND)
+    assert underpass.endpoints() == []
+    assert underpass.counters().shortcut_messages_total == 0
+
+
+def test_listeners_that_stood_before_pair(bed: Bed, plane: MakePlane) -> None:
+    """Claim: a server that listened before `up`, in another namespace, is armed by it."""
+    places = {"server": SERVER4, "client": CLIENT4}
+    listeners = [listen(bed.worker(at), (address, PORT)) for at, address in places.items()]
+    underpass = plane()
+    for listener, address in zip(listeners, places.values(), strict=True):
+        near = connect(bed.worker("client"), (address, PORT))
+        exchange(near, listener.accept(), 1)
+    assert underpass.counters().pairs_total == 2
+
+
+def test_connections_that_stood_before_stay_tcp(bed: Bed, plane: MakePlane) -> None:
+    """Claim: a connection made before `up` goes on undisturbed."""
+    near, far = couple(bed.worker("client"), bed.worker("server"), (SERVER4, PORT))
+    exchange(near, far, 1)
+    underpass = plane()
+    exchange(near, far, 1)
+    assert underpass.counters().shortcut_messages_total == 0
+
+
+def _redirect(bed: Bed, where: str, chain: str, to: str) -> None:
+    rule = f"-d {SERVICE} -p tcp --dport 80 -j DNAT --to-destination {to}"
+    bed.within(where, "iptables", "-t", "nat", "-A", chain, *rule.split())
+
+
+def _masquerade(bed: Bed) -> None:
+    bed.within("router", "iptables", "-t", "nat", "-A", "POSTROUTING", "-j", "MASQUERADE")

@@ -1,0 +1,146 @@
+"""Processes that live in one network namespace and one cgroup and do what the test asks.
+
+A socket belongs to the cgroup and the namespace its process is in when it is made, so a worker
+enters both before it does anything else. It dies with the test, however that ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+REPOSITORY = Path(__file__).parents[2]
+CALL_DEADLINE = 60.0
+"""Seconds a call may take before it counts as hung."""
+_CLONE_NEWNET = 0x40000000
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker lives: a namespace of /run/netns and a directory of the cgroup-v2 tree."""
+
+    netns: str
+    cgroup: Path
+
+    def enter(self) -> None:
+        """Move the calling process (its only thread) there."""
+        (self.cgroup / "cgroup.procs").write_text(str(os.getpid()))
+        with Path("/run/netns", self.netns).open("rb") as handle:
+            libc = ctypes.CDLL(None, use_errno=True)
+            if libc.setns(handle.fileno(), _CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), f"setns to {self.netns}")
+
+
+class Worker:
+    """The test's end of one worker process."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self._connection, theirs = Pipe()
+        self._pending: dict[int, Future[Any]] = {}
+        self._lock = threading.Lock()
+        self._calls = 0
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.kernel.worker", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            cwd=REPOSITORY,
+        )
+        theirs.close()
+        self._connection.send(place)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Start `function` in a thread of the worker; the future gets its result."""
+        future: Future[T] = Future()
+        with self._lock:
+            self._calls += 1
+            self._pending[self._calls] = future
+            try:
+                self._connection.send((self._calls, function, args, kwargs))
+            except OSError as error:
+                future.set_exception(error)
+        return future
+
+    def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run `function` in the worker; raises what it raises, TimeoutError when it hangs."""
+        return self.submit(function, *args, **kwargs).result(CALL_DEADLINE)
+
+    def kill(self) -> None:
+        """End the process at once, as kill -9 does, and wait for its end."""
+        self._process.kill()
+        self._process.wait()
+        self._reader.join()
+
+    def _read(self) -> None:
+        try:
+            while True:
+                number, result, error = self._connection.recv()
+                future = self._pending.pop(number)
+                if error is None:
+                    future.set_result(result)
+                else:
+                    future.set_exception(error)
+        except (EOFError, OSError):
+            with self._lock:
+                for future in self._pending.values():
+                    if not future.done():
+                        future.set_exception(RuntimeError(f"worker {self.pid} is gone"))
+
+
+def _answer(
+    connection: Connection[Any, Any],
+    lock: threading.Lock,
+    number: int,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    result, error = None, None
+    try:
+        result = function(*args, **kwargs)
+    except BaseException as raised:  # noqa: BLE001 - handed to the caller, whatever it is
+        error = raised
+    with lock:
+        connection.send((number, result, error))
+
+
+def main() -> None:
+    """Body of a worker process: enter the place, then answer calls until the test is gone."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
+    place: Place = connection.recv()
+    place.enter()
+    lock = threading.Lock()
+    try:
+        while True:
+            arguments = (connection, lock, *connection.recv())
+            threading.Thread(target=_answer, args=arguments, daemon=True).start()
+    except EOFError:
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The benchmark's judgement: order, medians, ratios, and what it refuses to believe."""
+
+from __future__ import annotations
+
+import pytest
+
+from underpass.bench.compare import (
+    Mode,
+    Moved,
+    Outcome,
+    Reading,
+    Row,
+    Sample,
+    Spread,
+    Volume,
+    failures,
+    schedule,
+)
+
+LATENCY = Row("one-core", "tcp_lat", "64", "us", less_is_better=True, floor=0.99)
+STREAM = Row("one-core", "tcp_bw", "4096", "Mb/s", less_is_better=False, floor=0.5)
+SMALL = Row("two-cores", "tcp_bw", "1", "Mb/s", less_is_better=False, floor=0.0, ruled=True)
+
+
+def sample(mode: Mode, figure: float = 10.0, number: int = 0, moved: Moved | None = None) -> Sample:
+    reading = Reading(figure, Volume("messages", 1000), messages=1000)
+    return Sample(mode, number, reading, moved or Moved())
+
+
+def of_row(row: Row, *samples: Sample) -> list[Outcome]:
+    return [Outcome(row, samples)]
+
+
+def test_every_other_round_is_reversed() -> None:
+    """A drift of the machine falls on both modes alike: the order is ABBA."""
+    order = [mode for _, mode in schedule((Mode.DEFAULT, Mode.SHORTCUT), 4)]
+    d, s = Mode.DEFAULT, Mode.SHORTCUT
+    assert order == [d, s, s, d, d, s, s, d]
+
+
+def test_ratio_is_of_medians_with_the_spread_of_the_rounds() -> None:
+    """The ratio is shortcut over default, of the medians; its spread is round by round."""
+    default = [sample(Mode.DEFAULT, f, n) for n, f in enumerate((10.0, 20.0, 10.0))]
+    shortcut = [sample(Mode.SHORTCUT, f, n) for n, f in enumerate((5.0, 5.0, 6.0))]
+    outcome = Outcome(LATENCY, (*default, *shortcut))
+    assert outcome.ratio == Spread(0.5, 0.25, 0.6)
+    assert outcome.spread(Mode.DEFAULT) == Spread(10.0, 10.0, 20.0)
+    assert outcome.spread(Mode.UNIX) is None
+
+
+def test_an_honest_comparison_is_believed() -> None:
+    """Default runs that moved no counter and shortcut runs that moved theirs raise nothing."""
+    moved = Moved(pairs=2, shortcut_messages=999, shortcut_bytes=999 * 64)
+    good = of_row(LATENCY, sample(Mode.DEFAULT), sample(Mode.SHORTCUT, moved=moved))
+    assert failures(good) == []
+
+
+@pytest.mark.parametrize("moved", [Moved(shortcut_messages=1), Moved(pairs=1)])
+def test_a_default_run_on_the_shortcut_is_named(moved: Moved) -> None:
+    """One message or pair of a default run on the shortcut fails it, and the row is named."""
+    (line,) = failures(of_row(LATENCY, sample(Mode.DEFAULT, number=2, moved=moved)))
+    assert "one-core tcp_lat 64, round 3: a default run used the shortcut" in line
+
+
+def test_a_shortcut_run_that_took_tcp_is_named_with_its_reasons() -> None:
+    """A shortcut run below the row's floor fails, and says by which reasons it went by TCP."""
+    moved = Moved(2, 400, 0, {"tcp-unread": 600, "paused": 0})
+    (line,) = failures(of_row(LATENCY, sample(Mode.SHORTCUT, moved=moved)))
+    assert "carried 40.0% of the messages, 99% needed" in line
+    assert "tcp-unread 600" in line
+    assert "paused" not in line
+
+
+def test_a_stream_is_judged_by_its_bytes() -> None:
+    """A stream passes with more than half of its bytes, whatever its number of messages."""
+    reading = Reading(8000.0, Volume("bytes", 1e9))
+    enough = Sample(Mode.SHORTCUT, 0, reading, Moved(2, 1, 600_000_000))
+    little = Sample(Mode.SHORTCUT, 1, reading, Moved(2, 10**9, 400_000_000))
+    (line,) = failures(of_row(STREAM, enough, little))
+    assert "round 2" in line
+
+
+def test_a_small_stream_may_be_held_on_tcp_but_not_escape() -> None:
+    """Where the budget holds a stream on TCP each message must still have had its reason."""
+    held = Moved(2, 10, 10, {"tcp-unread": 985})
+    assert failures(of_row(SMALL, sample(Mode.SHORTCUT, moved=held))) == []
+    escaped = Moved(2, 10, 10, {"tcp-unread": 300})
+    (line,) = failures(of_row(SMALL, sample(Mode.SHORTCUT, moved=escaped)))
+    assert "saw 31.0% of the messages" in line
+
+
+@pytest.mark.parametrize("moved", [Moved(), Moved(pairs=2, tcp_messages={"tcp-unread": 1000})])
+@pytest.mark.parametrize("row", [LATENCY, STREAM, SMALL])
+def test_a_shortcut_run_without_any_shortcut_never_passes(row: Row, moved: Moved) -> None:
+    """However low a row's floor is, a shortcut run with nothing on the shortcut fails."""
+    (line,) = failures(of_row(row, sample(Mode.SHORTCUT, moved=moved)))
+    assert "nothing of a shortcut run took the shortcut" in line

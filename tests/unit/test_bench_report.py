@@ -1,0 +1,122 @@
+"""The table, the document and the chart; the paths and leftovers of the bed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from underpass.bench import chart, report
+from underpass.bench.bed import Way, leftovers, rules_text
+from underpass.bench.compare import Mode, Moved, Outcome, Placement, Reading, Sample, Spread, Volume
+from underpass.bench.programs import QPERF
+from underpass.bench.runner import Plan
+from underpass.errors import Usage
+
+PLAN = Plan(QPERF, (Placement("one-core", (0,), (0,)),), rounds=2, seconds=1, unix_milliseconds=200)
+
+
+def outcomes(carried: float = 1.0) -> list[Outcome]:
+    found = []
+    for measure in QPERF.measures(Path(), 1):
+        samples = []
+        for number in range(2):
+            for mode, figure in ((Mode.DEFAULT, 10.0), (Mode.SHORTCUT, 4.0), (Mode.UNIX, 3.0)):
+                reading = Reading(figure + number, Volume("messages", 1000), 1000)
+                count = int(1000 * carried) if mode is Mode.SHORTCUT else 0
+                moved = Moved(2 if count else 0, count, 0, {"tcp-unread": 1000 - count})
+                samples.append(Sample(mode, number, reading, moved))
+        found.append(Outcome(measure.row("one-core"), tuple(samples)))
+    return found
+
+
+def text(rows: list[Outcome]) -> str:
+    out = io.StringIO()
+    document = report.document(PLAN, Way(), rows, 0.0)
+    report.print_tables(rows, PLAN, document, Console(file=out, width=180))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(4.153, "4.15"), (12.64, "12.6"), (846.2, "846"), (24912.0, "24900"), (1680.0, "1680")],
+)
+def test_three_digits_as_qperf_prints(value: float, shown: str) -> None:
+    """Figures carry no more digits than qperf itself gives."""
+    assert report.figure(value) == shown
+
+
+def test_the_table_is_the_references_own() -> None:
+    """The reference's columns, a line for each of its sizes, and a spread under each median."""
+    shown = text(outcomes())
+    for words in ("Packet Size", "Shortcut", "Default", "tcp_lat (us)", "tcp_bw (Mb/s)", "AF_UNIX"):
+        assert words in shown
+    for size in ("1", "4", "16", "64", "256", "1024", "4096", "16384"):
+        assert f"│ {size:>11} │" in shown
+    assert "4.00..5.00" in shown
+    assert "0.43x" in shown
+    assert "*" not in shown
+
+
+def test_a_row_held_on_tcp_is_marked() -> None:
+    """A share below a half is marked and explained, so that nobody takes it for the shortcut."""
+    shown = text(outcomes(carried=0.1))
+    assert "10% *" in shown
+    assert "most of this went by TCP" in shown
+    assert "do not bear this comparison out" in shown
+
+
+def test_the_document_is_whole_json() -> None:
+    """Every run with its counters is in the document, and it survives JSON."""
+    document = json.loads(json.dumps(report.document(PLAN, Way("iptables", 5), outcomes(), 0.0)))
+    assert document["ok"] is True
+    assert document["path"] == "veth + bridge + 5 iptables rules"
+    row = document["rows"][0]
+    assert row["default"] == {"median": 10.5, "low": 10.0, "high": 11.0}
+    assert len(row["runs"]) == 6
+    assert row["runs"][1]["counters"]["shortcut_messages"] == 1000
+    assert document["machine"]["kernel"] == os.uname().release
+    refused = report.document(PLAN, Way(), outcomes(carried=0.1), 0.0)
+    assert refused["ok"] is False
+    assert refused["failures"]
+
+
+def test_the_chart_is_drawn_in_both_formats(tmp_path: Path) -> None:
+    """A PNG and an SVG come out, with every size of the reference on the axis."""
+    pytest.importorskip("matplotlib")
+    rows = outcomes()
+    document = report.document(PLAN, Way(), rows, 0.0)
+    assert chart.draw(rows, PLAN, document, tmp_path) is None
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "chart.svg").read_text()
+
+
+def test_a_single_run_shows_no_spread() -> None:
+    """One run has no lowest and highest."""
+    assert report.cell(Spread(4.0, 4.0, 4.0)) == "4.00"
+
+
+@pytest.mark.parametrize("words", ["", "iptables", "iptables:0", "iptables:x", "ovs:1", "tun"])
+def test_an_unknown_path_is_a_usage_error(words: str) -> None:
+    """Only bridge, iptables:N and ovs are paths."""
+    with pytest.raises(Usage, match="say bridge, iptables:N or ovs"):
+        Way.parse(words)
+
+
+def test_iptables_rules_are_as_many_as_asked() -> None:
+    """The filter holds exactly N rules, each for an address that nobody here has."""
+    rules = [line for line in rules_text(300).splitlines() if line.startswith("-A")]
+    assert len(rules) == len(set(rules)) == 300
+    assert all("-s 192.0.2." in rule and rule.endswith("-j DROP") for rule in rules)
+
+
+def test_only_leftovers_of_dead_benchmarks_are_swept() -> None:
+    """The names of a living process's benchmark, and all other names, are left alone."""
+    parent, dead = os.getppid(), 2**22 + 1  # above the highest pid there can be
+    names = [f"up-bench-{parent}-a", f"underpass-bench-{parent}", f"up-bench-{dead}-sw"]
+    names += [f"underpass-bench-{dead}", f"underpass-benchmark-{dead}", "underpass", f"{dead}"]
+    assert leftovers(names) == [dead]
