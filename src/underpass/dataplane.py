@@ -119,7 +119,7 @@ def down(
         The endpoints (text) that still hold unread bytes. They go on working; the generation
         stays pinned, in state ``draining``, until ``down`` is run again. Empty: all is gone.
     """
-    if not pins.parent.is_dir():
+    if not any(path.exists() for path in (pins, _scratch(pins), _lock(pins))):
         return []
     with _locked(pins):
         _remove(_scratch(pins))
@@ -435,6 +435,10 @@ def _scratch(pins: Path) -> Path:
     return pins.with_name(f"{pins.name}-scratch")  # bpffs refuses names with a dot
 
 
+def _lock(pins: Path) -> Path:
+    return pins.with_name(f"{pins.name}-lock")
+
+
 def _remove(directory: Path) -> None:
     """Unpin all that is in ``directory`` and remove it; nothing there is no error."""
     if not directory.is_dir():
@@ -448,11 +452,16 @@ def _remove_unused(pins: Path) -> None:
     """Clear what a killed ``up`` left: pins that no traffic can be using.
 
     Raises:
-        UnderpassError: it may be in use.
+        UnderpassError: it may be in use, or is not ours.
     """
-    if (pins / _LINK).exists():
-        cause = "it is attached, but its description is missing"
-        raise UnderpassError("clear", pins, cause, f"remove {pins} by hand if it is not needed")
+    step = f"name another pin directory, or remove {pins} by hand"
+    if not pins.is_dir():
+        raise UnderpassError("use", pins, "it is not a directory", step)
+    names = {entry.name for entry in pins.iterdir()}
+    if foreign := sorted(names.difference(_MAPS, PROGRAMS, (_LINK, _MAP_LINK))):
+        raise UnderpassError("clear", pins, f"{foreign[0]} in it is not of underpass", step)
+    if _LINK in names:
+        raise UnderpassError("clear", pins, "it is attached, but not described", step)
     _remove(pins)
 
 
@@ -462,7 +471,7 @@ def _locked(pins: Path) -> Iterator[None]:
 
     It is on a directory beside it, which goes with the last holder.
     """
-    path = pins.with_name(f"{pins.name}-lock")
+    path = _lock(pins)
     deadline = time.monotonic() + _LOCK_SECONDS
     while True:
         try:

@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import select
+import signal
 import socket
 import struct
 import termios
@@ -30,6 +31,7 @@ from underpass.model import Settings
 _DEADLINE = 3.0
 _SETTINGS = Settings(capacity=64, budget_bytes=256 << 10, budget_messages=64)
 _BLOCK = 64 << 10
+_NAME = "underpass-selftest-"
 
 
 @dataclass(frozen=True)
@@ -295,8 +297,9 @@ def run(quick: bool = False) -> list[Outcome]:
     Raises:
         UnderpassError: the test bed cannot be made (no root, no cgroup v2, no bpffs).
     """
-    cgroup = namespaces.find_cgroup2() / f"underpass-selftest-{os.getpid()}"
-    pins = namespaces.BPFFS / f"underpass-selftest-{os.getpid()}"
+    sweep()
+    cgroup = namespaces.find_cgroup2() / f"{_NAME}{os.getpid()}"
+    pins = namespaces.BPFFS / cgroup.name
     with contextlib.ExitStack() as undo:
         try:
             cgroup.mkdir()
@@ -308,6 +311,15 @@ def run(quick: bool = False) -> list[Outcome]:
         undo.callback(dataplane.down, pins, 1.0)
         dataplane.up(pins, cgroup, _SETTINGS)
         return _in_child(pins, cgroup, [t for t in _TESTS if not quick or t[2] in _QUICK])
+
+
+def sweep() -> None:
+    """Clear what a self-test left that was killed with no chance to tidy up."""
+    for cgroup in namespaces.find_cgroup2().glob(f"{_NAME}*"):
+        if not Path(f"/proc/{cgroup.name.removeprefix(_NAME)}").exists():
+            dataplane.down(namespaces.BPFFS / cgroup.name, 1.0)
+            with contextlib.suppress(OSError):
+                cgroup.rmdir()
 
 
 def _in_child(pins: Path, cgroup: Path, tests: Sequence[tuple[str, bool, _Test]]) -> list[Outcome]:
@@ -326,9 +338,14 @@ def _in_child(pins: Path, cgroup: Path, tests: Sequence[tuple[str, bool, _Test]]
         finally:
             os._exit(0)
     os.close(writing)
-    with os.fdopen(reading) as report:
-        outcomes = [Outcome(**json.loads(line)) for line in report]
-    os.waitpid(child, 0)
+    try:
+        with os.fdopen(reading) as report:
+            outcomes = [Outcome(**json.loads(line)) for line in report]
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        raise
+    finally:
+        os.waitpid(child, 0)
     for name, vital, _ in tests[len(outcomes) :]:
         outcomes.append(Outcome(name, False, vital, "the test process ended before it"))
     return outcomes

@@ -100,6 +100,13 @@ def _plan(name: str, client: tuple[Step, ...], server: tuple[Step, ...]) -> Plan
     return Plan(name, (*client, closing), (*server, Step(eof=True), Step(shut=True)))
 
 
+HALF_CLOSE_IN_MID_STREAM = Plan(
+    "half-close while the other end sends",
+    (Step(send=30 * KIB, receive=600 * KIB, write=1000, vary=True, shut=True, eof=True),),
+    (Step(send=600 * KIB, receive=30 * KIB, write=1500, vary=True), Step(eof=True, shut=True)),
+)
+"""The client shuts its sending side down in the midst of what it receives."""
+
 SHAPES: tuple[Plan, ...] = (
     _plan(
         "server first",
@@ -117,6 +124,7 @@ SHAPES: tuple[Plan, ...] = (
         (Step(send=100 * KIB, shut=True), Step(receive=150 * KIB, eof=True)),
         (Step(receive=100 * KIB, eof=True), Step(send=150 * KIB), Step(shut=True)),
     ),
+    HALF_CLOSE_IN_MID_STREAM,
     Plan(
         "server sends and closes",
         (Step(send=100), Step(receive=300 * KIB, eof=True), Step(shut=True)),

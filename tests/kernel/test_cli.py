@@ -144,3 +144,30 @@ def test_a_down_that_cannot_finish_says_so(bed: Bed) -> None:
     underpass(bed.pins, "down").ok()
     assert underpass(bed.pins, "status", "--json").document()["state"] == "absent"
     exchange(near, far, 1)
+
+
+def test_explain_tells_why(bed: Bed) -> None:
+    """Claim: `explain` names the path and the reason before, on and beside the shortcut."""
+    words = ("explain", CLIENT4, f"{SERVER4}:{PORT}")
+    assert "underpass up" in underpass(bed.pins, *words).ok().out
+    underpass(bed.pins, "up", "--cgroup", bed.cgroup).ok()
+    near, far = couple(bed.worker("client"), bed.worker("server"), (SERVER4, PORT))
+    exchange(near, far, 1)
+    assert "shortcut" in underpass(bed.pins, *words).ok().out
+    near.close()
+    far.close()
+    workers = bed.worker("client"), bed.worker("server", outside=True)
+    exchange(*couple(*workers, (SERVER4, PORT + 1)), 3)
+    said = underpass(bed.pins, "explain", CLIENT4, f"{SERVER4}:{PORT + 1}").ok().out
+    assert "tcp" in said
+    assert "cgroup" in said
+
+
+def test_doctor_is_content(bed: Bed) -> None:
+    """Claim: on a node where the tests run `doctor` passes, in words and as JSON."""
+    report = underpass(bed.pins, "doctor", "--json").document()
+    assert report["ok"] is True
+    assert report["checks"]
+    assert all(check["status"] in {"ok", "warning"} for check in report["checks"])
+    assert underpass(bed.pins, "doctor").ok().out
+    assert not bed.pins.exists()

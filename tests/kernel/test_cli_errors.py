@@ -153,3 +153,9 @@ def test_wrong_configuration(bed: Bed, tmp_path: Path, text: str) -> None:
     up = underpass(bed.pins, "up", "--cgroup", bed.cgroup, "--config", config)
     up.failed(USAGE, str(config))
     _check_nothing_left(bed)
+
+
+@pytest.mark.parametrize("target", ["pod-1", "10.0.0.1:http", "10.0.0.1:99999"])
+def test_explain_of_no_address(bed: Bed, target: str) -> None:
+    """Claim: `explain` of what is no address is a usage error."""
+    underpass(bed.pins, "explain", "10.0.0.1", target).failed(USAGE, target)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +67,29 @@ def test_lost_bytes_are_found(bed: Bed) -> None:
     batch = Batch(1, (early,), SERVER4, deadline=5)
     [line] = run_batch(bed.worker("client"), bed.worker("server"), batch).wrong
     assert "EOF at offset 100 of 200" in line
+
+
+@pytest.mark.usefixtures("clean_machine")
+def test_an_interrupted_run_leaves_nothing() -> None:
+    """Claim: Ctrl-C undoes the bed: namespaces, cgroups, pins and workers."""
+    script = (
+        "import contextlib, signal\n"
+        "from tests.kernel.bed import make_bed\n"
+        "with contextlib.ExitStack() as undo:\n"
+        "    bed = make_bed(undo)\n"
+        "    bed.pins.mkdir()\n"
+        "    print(bed.worker('client').pid, flush=True)\n"
+        "    signal.pause()\n"
+    )
+    words = [sys.executable, "-c", script]
+    with subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout
+        worker = Path(f"/proc/{int(running.stdout.readline())}")
+        assert worker.exists()
+        running.send_signal(signal.SIGINT)
+        assert running.wait(30) != 0
+    assert leftovers(running.pid) == []
+    assert not worker.exists()
 
 
 @pytest.mark.usefixtures("clean_machine")

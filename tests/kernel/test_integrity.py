@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 
 from tests.kernel.bed import SERVER4, SERVER6, Bed
 from tests.kernel.fixtures import MakePlane
-from tests.kernel.plans import SMALL_MESSAGES, Batch, mixed
+from tests.kernel.plans import HALF_CLOSE_IN_MID_STREAM, SMALL_MESSAGES, Batch, Mode, mixed
 from tests.kernel.traffic import Report, run_batch
 from underpass.model import Fault
 
@@ -23,8 +26,8 @@ FORCED = 0.3
 """Share of messages thrown onto TCP at random."""
 
 
-def _deferred(bed: Bed) -> Report:
-    batch = Batch(1, (SMALL_MESSAGES,) * 500, SERVER4, deferred=True)
+def _deferred(bed: Bed, deadline: float = 30) -> Report:
+    batch = Batch(1, (SMALL_MESSAGES,) * 500, SERVER4, deferred=True, deadline=deadline)
     return run_batch(bed.worker("client"), bed.worker("server"), batch)
 
 
@@ -51,6 +54,13 @@ def test_deferred_clients_catch_a_missing_gate(bed: Bed, plane: MakePlane) -> No
         report.check()
 
 
+def test_deferred_clients_catch_a_drop(bed: Bed, plane: MakePlane) -> None:
+    """Claim: the check above fails when a doubt is answered with SK_DROP instead of TCP."""
+    plane(faults=Fault.SK_DROP)
+    with pytest.raises(AssertionError, match="PermissionError"):
+        _deferred(bed, deadline=5).check()
+
+
 @FAMILIES
 def test_every_shape_by_the_shortcut(bed: Bed, plane: MakePlane, target: str, listen: str) -> None:
     """Claim: 200 connections of every shape are right, and the shortcut carried most bytes."""
@@ -64,12 +74,13 @@ def test_every_shape_by_the_shortcut(bed: Bed, plane: MakePlane, target: str, li
 
 @FAMILIES
 def test_every_shape_with_forced_switches(
-    bed: Bed, plane: MakePlane, target: str, listen: str
+    bed: Bed, plane: MakePlane, measured: Callable[[str], None], target: str, listen: str
 ) -> None:
     """Claim: streams stay right while messages are thrown between the paths at random."""
     underpass = plane()
     underpass.set_forced(FORCED)
     report = _mixed(bed, target, listen, seed=4)
+    measured(f"forced switches, {target} to {listen}: {report.woken} blocking reads woken early")
     report.check()
     counters = underpass.counters()
     assert counters.pairs_total == 200
@@ -83,6 +94,17 @@ def test_forced_switches_catch_a_missing_gate(bed: Bed, plane: MakePlane) -> Non
     report = _mixed(bed, SERVER4, SERVER4, seed=4, deadline=10)
     with pytest.raises(AssertionError, match="bytes from offset"):
         report.check()
+
+
+def test_half_close_in_mid_stream(bed: Bed, plane: MakePlane) -> None:
+    """Claim: 600 ends that half-close while the other end sends at full speed lose no byte."""
+    underpass = plane()
+    client, server = bed.worker("client"), bed.worker("server")
+    for number, mode in enumerate((Mode.BLOCKING, Mode.LEVEL, Mode.SHORT)):
+        plans = (replace(HALF_CLOSE_IN_MID_STREAM, mode=mode),) * 200
+        batch = Batch(number, plans, SERVER4, first_port=20000 + 200 * number)
+        run_batch(client, server, batch).check()
+    assert underpass.counters().pairs_total == 600
 
 
 def test_torture(bed: Bed, plane: MakePlane, *, long_run: bool) -> None:

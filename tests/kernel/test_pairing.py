@@ -19,6 +19,7 @@ from tests.kernel.remote import (
 )
 from tests.kernel.waiting import wait_until
 from underpass.dataplane import Dataplane
+from underpass.model import Fault
 
 SERVICE = "10.96.0.10"
 PORT = 8080
@@ -132,20 +133,29 @@ def test_an_address_that_nobody_here_holds_does_not_pair(bed: Bed, plane: MakePl
     _check_plain(underpass, near, far, "address-mismatch")
 
 
+def _half_elsewhere(bed: Bed, underpass: Dataplane, *, client: bool) -> None:
+    """One end is outside the cgroup, as on another node: the other never enters the map."""
+    workers = bed.worker("client", outside=client), bed.worker("server", outside=not client)
+    near, far = couple(*workers, (SERVER4, PORT))
+    assert underpass.endpoints() == []
+    _check_plain(underpass, near, far, "remote-client" if client else "not-local")
+
+
 def test_a_server_elsewhere_never_enters(bed: Bed, plane: MakePlane) -> None:
     """Claim: a client whose server is outside the cgroup, as on another node, stays untouched."""
-    underpass = plane()
-    near, far = couple(bed.worker("client"), bed.worker("server", outside=True), (SERVER4, PORT))
-    assert underpass.endpoints() == []
-    _check_plain(underpass, near, far, "not-local")
+    _half_elsewhere(bed, plane(), client=False)
 
 
 def test_a_client_elsewhere_never_enters(bed: Bed, plane: MakePlane) -> None:
     """Claim: a server whose client is outside the cgroup, as on another node, stays untouched."""
-    underpass = plane()
-    near, far = couple(bed.worker("client", outside=True), bed.worker("server"), (SERVER4, PORT))
-    assert underpass.endpoints() == []
-    _check_plain(underpass, near, far, "remote-client")
+    _half_elsewhere(bed, plane(), client=True)
+
+
+def test_the_check_catches_a_missing_proof(bed: Bed, plane: MakePlane) -> None:
+    """Claim: when every client enters without proof, the check above fails."""
+    underpass = plane(faults=Fault.NO_PROOF)
+    with pytest.raises(AssertionError):
+        _half_elsewhere(bed, underpass, client=False)
 
 
 def test_a_socket_connected_to_itself_stays_tcp(bed: Bed, plane: MakePlane) -> None:

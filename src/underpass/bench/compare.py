@@ -47,6 +47,8 @@ class Row:
         floor: least share (0..1) of what a shortcut run moved that the shortcut must have carried.
         ruled: the data plane may hold any part of it on TCP (a stream of small messages fills the
             message budget), but must have given nearly every message a path and a reason.
+        off_node: the server stands outside the cgroup: the shortcut must carry nothing, and the
+            data plane must have turned down nearly every connection as not local.
     """
 
     placement: str
@@ -56,6 +58,7 @@ class Row:
     less_is_better: bool
     floor: float
     ruled: bool = False
+    off_node: bool = False
 
     def __str__(self) -> str:
         return " ".join(part for part in (self.placement, self.test, self.label) if part)
@@ -86,6 +89,7 @@ class Moved:
     shortcut_messages: int = 0
     shortcut_bytes: int = 0
     tcp_messages: dict[str, int] = field(default_factory=dict)
+    not_local: int = 0
 
 
 @dataclass(frozen=True)
@@ -180,6 +184,11 @@ def disbelief(sample: Sample, row: Row) -> str | None:
         )
     if sample.mode is not Mode.SHORTCUT:
         return None
+    return (_off_node_disbelief if row.off_node else _shortcut_disbelief)(sample, row)
+
+
+def _shortcut_disbelief(sample: Sample, row: Row) -> str | None:
+    moved = sample.moved
     if not moved.pairs or not moved.shortcut_messages:
         return f"{row}, round {sample.round + 1}: nothing of a shortcut run took the shortcut"
     if row.ruled and sample.ruled < RULED_FLOOR:
@@ -193,6 +202,18 @@ def disbelief(sample: Sample, row: Row) -> str | None:
             f"{row}, round {sample.round + 1}: the shortcut carried {sample.carried:.1%} of the"
             f" {sample.reading.volume.unit}, {row.floor:.0%} needed"
             f" ({moved.pairs} pairs; by TCP: {tcp or 'nothing counted'})"
+        )
+    return None
+
+
+def _off_node_disbelief(sample: Sample, row: Row) -> str | None:
+    moved, connections = sample.moved, sample.reading.volume.amount
+    if moved.pairs or moved.shortcut_messages:
+        return f"{row}, round {sample.round + 1}: {moved.pairs} off-node connections were paired"
+    if moved.not_local < RULED_FLOOR * connections:
+        return (
+            f"{row}, round {sample.round + 1}: the data plane turned down {moved.not_local} of"
+            f" {connections:.0f} connections"
         )
     return None
 

@@ -24,6 +24,7 @@ SMALL = 1024
 REQUESTS_FLOOR, STREAM_FLOOR = 0.99, 0.5
 
 _BODY = 64 << 10
+_OFF_NODE = 18100
 _MODES = {Mode.DEFAULT: 0, Mode.SHORTCUT: 1}
 
 
@@ -53,6 +54,7 @@ class Measure:
     parse: Callable[[str], Reading]
 
     ruled: bool = False
+    off_node: bool = False
 
     def row(self, placement: str) -> Row:
         """The row of the comparison that this measures, at one placement."""
@@ -64,6 +66,7 @@ class Measure:
             self.less_is_better,
             self.floor,
             self.ruled,
+            self.off_node,
         )
 
 
@@ -262,6 +265,39 @@ def _nginx_measures(legs: int) -> Callable[[Path, int], list[Measure]]:
     return measures
 
 
+def _churn_serve(place: Place, mode: Mode) -> None:
+    """The local server of a mode, and once the off-node stand-in: outside the cgroup."""
+    _nginx_serve(place, mode)
+    if mode is Mode.DEFAULT:
+        site = _Site("off-node", _SITE.format(port=_OFF_NODE, home="HOME"), _OFF_NODE)
+        _nginx_start(place, mode, site)
+
+
+def _churn_measures(_: Path, seconds: int) -> list[Measure]:
+    """Connect, request, close: every request on a connection of its own."""
+    head = ["wrk", "-t", "1", "-c", "8", "-d", f"{seconds}s", "-H", "Connection: close"]
+
+    def parse(per_connection: float) -> Callable[[str], Reading]:
+        def read(text: str) -> Reading:
+            rate = _number(r"^Requests/sec:\s+([\d.]+)", text, "wrk")
+            count = _number(r"^\s+(\d+) requests in", text, "wrk")
+            return Reading(rate, Volume("messages", per_connection * count))
+
+        return read
+
+    def local(mode: Mode) -> list[str]:
+        return [*head, f"http://{SERVER_ADDRESS}:{_port(18080, mode)}/small"]
+
+    def off_node(_: Mode) -> list[str]:
+        return [*head, f"http://{SERVER_ADDRESS}:{_OFF_NODE}/small"]
+
+    unit = "connections/s"
+    return [
+        Measure("churn", "local", unit, False, REQUESTS_FLOOR, local, parse(2)),
+        Measure("churn", "off-node", unit, False, 0.0, off_node, parse(1), off_node=True),
+    ]
+
+
 # -- PostgreSQL ----------------------------------------------------------------------------
 
 _SERVER_OPTIONS = {"fsync": "off", "shared_buffers": "64MB", "listen_addresses": "*"}
@@ -368,6 +404,7 @@ WORKLOADS = {
         ),
         Workload("nginx", _WRK, _nginx_serve, _nginx_measures(1)),
         Workload("nginx-proxy", _WRK, _nginx_proxy_serve, _nginx_measures(2)),
+        Workload("churn", _WRK, _churn_serve, _churn_measures),
         Workload("postgres", _POSTGRES, _postgres_serve, _postgres_measures),
         Workload("iperf3", {"iperf3": "iperf3"}, _iperf_serve, _iperf_measures),
     )

@@ -142,6 +142,7 @@ def moved(before: Counters, after: Counters) -> Moved:
             reason: count - before.tcp_messages_total.get(reason, 0)
             for reason, count in after.tcp_messages_total.items()
         },
+        not_local=after.refused_total["not-local"] - before.refused_total["not-local"],
     )
 
 

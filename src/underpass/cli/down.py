@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
 import click
 
-from underpass import dataplane
+from underpass import dataplane, selftest
 from underpass.errors import UnderpassError
 
 
@@ -27,6 +28,8 @@ def down(pins: Path, timeout: float) -> None:
     Endpoints whose readers do not read in time are left working and named; the exit code is then
     1, and `underpass down` can be run again to finish.
     """
+    with contextlib.suppress(UnderpassError):
+        selftest.sweep()
     was_up = pins.exists()
     tty = sys.stderr.isatty()
 

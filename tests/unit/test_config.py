@@ -1,0 +1,68 @@
+"""The configuration file: what it sets, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from underpass import config
+from underpass.errors import Usage
+from underpass.model import Settings
+
+
+def _read(directory: Path, text: str) -> Settings:
+    file = directory / "underpass.toml"
+    file.write_text(text)
+    return config.read(file)
+
+
+def test_no_file_means_defaults() -> None:
+    """Claim: without a file, and with an empty one, the defaults hold."""
+    assert config.read(None) == Settings()
+
+
+def test_an_empty_file_means_defaults(tmp_path: Path) -> None:
+    """Claim: what a file does not name keeps its default."""
+    assert _read(tmp_path, "") == Settings()
+    assert _read(tmp_path, "capacity = 9") == Settings(capacity=9)
+
+
+def test_every_field_can_be_set(tmp_path: Path) -> None:
+    """Claim: all sizes of a generation can be set."""
+    text = """
+        capacity = 1000
+        budget_bytes = 1048576
+        budget_messages = 100
+        node_budget_bytes = 33554432
+    """
+    assert _read(tmp_path, text) == Settings(1000, 1 << 20, 100, 32 << 20)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "capacity = 0",
+        "capacity = -1",
+        "capacity = 1.5",
+        'capacity = "many"',
+        "budget_bytes = 17825792",
+        "budget_messages = 1",
+        "speed = 1",
+        "[capacity]",
+        "= 1",
+        "\x00",
+    ],
+)
+def test_wrong_files_are_refused(tmp_path: Path, text: str) -> None:
+    """Claim: wrong, unknown and out-of-range fields are usage errors of one line."""
+    with pytest.raises(Usage) as raised:
+        _read(tmp_path, text)
+    assert str(tmp_path) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    """Claim: a missing file is a usage error that names it."""
+    with pytest.raises(Usage, match=r"missing\.toml"):
+        config.read(tmp_path / "missing.toml")

@@ -1,0 +1,108 @@
+"""`explain` finds the cause in what the kernel lists."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from underpass.errors import Usage
+from underpass.explain import Finding, Target, explain, parse
+from underpass.model import Direction, Endpoint, Pair, Reason, Socket
+
+CLIENT, SERVER = Target("10.0.0.1", None), Target("10.0.0.2", 80)
+LISTENER = Socket(
+    Endpoint("0.0.0.0", 80, "server"),
+    remote_address="0.0.0.0",
+    remote_port=0,
+    listening=True,
+    in_map=False,
+    covered=True,
+    armed=True,
+    role=0,
+    reason=Reason.SHORTCUT,
+    cookie=1,
+    peer=0,
+)
+SOCKET = replace(
+    LISTENER,
+    endpoint=Endpoint("10.0.0.1", 5000, "client"),
+    remote_address="10.0.0.2",
+    remote_port=80,
+    listening=False,
+    armed=False,
+    cookie=2,
+)
+FAR = replace(
+    SOCKET,
+    endpoint=Endpoint("10.0.0.2", 80, "server"),
+    remote_address="10.0.0.1",
+    remote_port=5000,
+    cookie=3,
+)
+
+
+def _one(state: str, *sockets: Socket) -> Finding:
+    [finding] = explain(CLIENT, SERVER, state, [], list(sockets))
+    assert finding.sentence.endswith(".")
+    assert finding.next_step
+    return finding
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("10.0.0.1", Target("10.0.0.1", None)),
+        ("10.0.0.1:80", Target("10.0.0.1", 80)),
+        ("fd77::1", Target("fd77::1", None)),
+        ("[fd77::1]:80", Target("fd77::1", 80)),
+        ("::ffff:10.0.0.1", Target("10.0.0.1", None)),
+    ],
+)
+def test_targets_are_read(text: str, target: Target) -> None:
+    """Claim: an address is read with or without a port, in both families."""
+    assert parse(text) == target
+
+
+@pytest.mark.parametrize("text", ["", "pod-1", "10.0.0.1:0", "10.0.0.1:70000", "10.0.0.1:http"])
+def test_wrong_targets_are_refused(text: str) -> None:
+    """Claim: what is no address is a usage error."""
+    with pytest.raises(Usage):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("state", "sockets", "path", "reason"),
+    [
+        ("absent", [], "none", "absent"),
+        ("absent", [SOCKET], "tcp", "absent"),
+        ("active", [], "none", "not-local"),
+        ("active", [LISTENER], "none", "ready"),
+        ("paused", [LISTENER], "none", "paused"),
+        ("active", [replace(LISTENER, armed=False)], "none", "not-armed"),
+        ("active", [replace(LISTENER, covered=False)], "none", "outside-cgroup"),
+        ("active", [replace(SOCKET, covered=False)], "tcp", "outside-cgroup"),
+        ("active", [replace(SOCKET, reason=Reason.MAP_FULL)], "tcp", "map-full"),
+        ("active", [SOCKET], "tcp", "not-local"),
+        ("active", [SOCKET, FAR], "tcp", "opened-before-up"),
+        ("active", [SOCKET, replace(FAR, covered=False)], "tcp", "outside-cgroup"),
+    ],
+)
+def test_causes_are_found(state: str, sockets: list[Socket], path: str, reason: str) -> None:
+    """Claim: without a pair, the cause is named."""
+    finding = _one(state, *sockets)
+    assert (finding.path, finding.reason) == (path, reason)
+
+
+def test_a_pair_is_explained_each_way() -> None:
+    """Claim: an open pair gives the path and reason of both directions."""
+    there = Direction("shortcut", "shortcut", 1000, 10, 1)
+    back = Direction("tcp", "paused", 0, 0, 3)
+    pair = Pair(SOCKET.endpoint, FAR.endpoint, there, back)
+    found = explain(CLIENT, SERVER, "paused", [pair], [replace(SOCKET, in_map=True)])
+    assert [(one.path, one.reason) for one in found] == [
+        ("shortcut", "shortcut"),
+        ("tcp", "paused"),
+    ]
+    assert "10 messages" in found[0].sentence
+    assert found[1].next_step == "run `underpass resume`"
