@@ -54,9 +54,9 @@ def parse(text: str) -> Target:
     try:
         address = ipaddress.ip_address(host)
         mapped = getattr(address, "ipv4_mapped", None)
+        if port and not (port.isdecimal() and 0 < int(port) < 65536):
+            raise ValueError("a port is a number from 1 to 65535")
         number = int(port) if port else None
-        if number is not None and not 0 < number < 65536:
-            raise ValueError("a port is 1 to 65535")
     except ValueError as error:
         step = "write ADDRESS, ADDRESS:PORT or [IPV6]:PORT"
         raise Usage("understand", repr(text), str(error), step) from None
@@ -75,10 +75,12 @@ def explain(
         pairs: open pairs.
         sockets: every TCP socket of the node's network namespaces.
     """
+    accepting = {(s.endpoint.netns, s.endpoint.port) for s in sockets if s.listening}
     ours = [
         s
         for s in sockets
         if not s.listening
+        and (s.endpoint.netns, s.endpoint.port) not in accepting
         and client.matches(s.endpoint.address, s.endpoint.port)
         and server.matches(s.remote_address, s.remote_port)
     ]

@@ -11,7 +11,7 @@ from tests.kernel.bed import SERVER4, Bed
 from tests.kernel.fixtures import MakePlane
 from tests.kernel.plans import KIB, MIB
 from tests.kernel.remote import ROUND, Remote, couple, exchange
-from tests.kernel.waiting import wait_until
+from tests.kernel.waiting import holds_for, wait_until
 from underpass.dataplane import Dataplane
 from underpass.model import Fault
 
@@ -57,6 +57,7 @@ def _shut_under_a_reader(near: Remote, far: Remote) -> None:
     wait_until(near.sleeps_in_recv, "the reader sleeps")
     near.shut()
     far.expect_eof()
+    holds_for(lambda: not reading.done(), 0.5)
     far.send(2, 1000)
     reading.result(30)
 
@@ -68,6 +69,7 @@ def _unblock_under_a_reader(near: Remote, far: Remote) -> None:
     wait_until(near.sleeps_in_recv, "the reader sleeps")
     # what `exchange` sent in four rounds is read already
     far.receive(1, sent - 4 * ROUND)
+    holds_for(lambda: not reading.done(), 0.5)
     far.send(2, 1000)
     reading.result(30)
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from underpass.cli import output
 from underpass.dataplane import Dataplane
 from underpass.errors import NotLoaded
-from underpass.model import Direction, Pair
+from underpass.model import Direction, Pair, Reason
 
 
 @click.command()
@@ -49,4 +49,6 @@ def connections(pins: Path, as_json: bool) -> None:
 def _words(direction: Direction) -> str:
     if direction.path == "shortcut":
         return f"shortcut, {output.size(direction.shortcut_bytes)}"
+    if direction.reason == Reason.NO_MESSAGE.word:
+        return "nothing sent yet"
     return f"tcp ({direction.reason}), {output.size(direction.shortcut_bytes)} by shortcut before"
