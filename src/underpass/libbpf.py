@@ -235,7 +235,9 @@ def get(path: Path) -> Fd:
     """Open what is pinned at ``path``."""
     lib, _ = _library()
     result = lib.bpf_obj_get(os.fsencode(path))
-    return Fd(_check(result, "open pin", path, "run `underpass status`"))
+    denied = -result in (errno.EPERM, errno.EACCES)
+    step = "run as root" if denied else "run `underpass status`"
+    return Fd(_check(result, "open pin", path, step))
 
 
 def lookup(

@@ -72,6 +72,8 @@ class Batch:
     first_port: int = 20000
     deferred: bool = False
     """Clients set TCP_DEFER_ACCEPT: their handshake ACK waits for their first bytes."""
+    writer_waits: bool = False
+    """Blocking clients begin to write before the connection stands: this defers the ACK too."""
     deadline: float = 30.0
     """Seconds after which a connection that is not done counts as hung."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import platform
 import select
 import socket
@@ -21,6 +22,8 @@ _SOCKETS: dict[int, socket.socket] = {}
 _SENT: dict[int, int] = {}
 _SINKS: dict[int, Sink] = {}
 _DEADLINE = 20.0
+IN_SYN = 1000
+"""Bytes that a fast open sends ahead."""
 _RECVFROM = "45" if platform.machine() == "x86_64" else "207"
 ROUND = 4096
 """Bytes that `exchange` sends each way in a round."""
@@ -94,6 +97,14 @@ class Remote:
         text = f"no TCP socket with ports {ports}"
         raise AssertionError(text)
 
+    def connect_again(self, to: Address) -> None:
+        """Disconnect (connect to AF_UNSPEC) and connect to `to`; its streams begin anew."""
+        self.worker.call(_connect_again, self.number, to)
+
+    def set_option(self, level: int, option: int, value: bytes) -> None:
+        """Call setsockopt."""
+        self.worker.call(_set_option, self.number, level, option, value)
+
     def shut(self) -> None:
         """Half-close: shutdown(SHUT_WR)."""
         self.worker.call(_shut, self.number)
@@ -107,16 +118,38 @@ class Remote:
         self.worker.call(_close, self.number, reset=reset)
 
 
-def listen(worker: Worker, address: Address, *, reuse_port: bool = False) -> Remote:
+def listen(
+    worker: Worker,
+    address: Address,
+    *,
+    reuse_port: bool = False,
+    fast_open: bool = False,
+    protocol: int = socket.IPPROTO_TCP,
+) -> Remote:
     """Open a listening socket in the worker; "::" takes IPv4 too."""
-    return Remote(worker, worker.call(_listen, address, reuse_port=reuse_port))
+    number = worker.call(
+        _listen, address, reuse_port=reuse_port, fast_open=fast_open, protocol=protocol
+    )
+    return Remote(worker, number)
 
 
 def connect(
-    worker: Worker, to: Address, source: Address | None = None, *, deferred: bool = False
+    worker: Worker,
+    to: Address,
+    source: Address | None = None,
+    *,
+    deferred: bool = False,
+    fast_open: int = 0,
+    protocol: int = socket.IPPROTO_TCP,
 ) -> Remote:
-    """Connect a socket of the worker, bound to `source` first; `deferred`: TCP_DEFER_ACCEPT."""
-    return Remote(worker, worker.call(_connect, to, source, deferred=deferred))
+    """Connect a socket of the worker, bound to `source` first.
+
+    `deferred` sets TCP_DEFER_ACCEPT; `fast_open` is a stream whose first bytes go in the SYN.
+    """
+    number = worker.call(
+        _connect, to, source, deferred=deferred, fast_open=fast_open, protocol=protocol
+    )
+    return Remote(worker, number)
 
 
 def accept_any(listeners: list[Remote]) -> Remote:
@@ -171,8 +204,10 @@ def _keep(sock: socket.socket) -> int:
     return sock.fileno()
 
 
-def _listen(address: Address, *, reuse_port: bool) -> int:
-    listener = socket.socket(family_of(address[0]), socket.SOCK_STREAM)
+def _listen(address: Address, *, reuse_port: bool, fast_open: bool, protocol: int) -> int:
+    listener = socket.socket(family_of(address[0]), socket.SOCK_STREAM, protocol)
+    if fast_open:
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, 16)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if reuse_port:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -187,8 +222,10 @@ def _waiting(number: int) -> bool:
     return bool(select.select([_SOCKETS[number]], [], [], 0)[0])
 
 
-def _connect(to: Address, source: Address | None, *, deferred: bool) -> int:
-    sock = socket.socket(family_of(to[0]), socket.SOCK_STREAM)
+def _connect(
+    to: Address, source: Address | None, *, deferred: bool, fast_open: int, protocol: int
+) -> int:
+    sock = socket.socket(family_of(to[0]), socket.SOCK_STREAM, protocol)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if deferred:
@@ -196,8 +233,27 @@ def _connect(to: Address, source: Address | None, *, deferred: bool) -> int:
     number = _keep(sock)
     if source is not None:
         sock.bind(source)
-    sock.connect(to)
+    if fast_open:
+        first = content(fast_open, 0, IN_SYN)
+        _SENT[number] = sock.sendto(first, socket.MSG_FASTOPEN, to)
+    else:
+        sock.connect(to)
     return number
+
+
+def _connect_again(number: int, to: Address) -> None:
+    sock = _SOCKETS[number]
+    nowhere = struct.pack("=H14x", socket.AF_UNSPEC)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.connect(sock.fileno(), nowhere, len(nowhere)):
+        raise OSError(ctypes.get_errno(), "disconnect")
+    for state in (_SENT, _SINKS):
+        state.pop(number, None)
+    sock.connect(to)
+
+
+def _set_option(number: int, level: int, option: int, value: bytes) -> None:
+    _SOCKETS[number].setsockopt(level, option, value)
 
 
 def _accept(number: int) -> int:

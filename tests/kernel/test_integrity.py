@@ -46,6 +46,14 @@ def test_deferred_clients_lose_no_order(bed: Bed, plane: MakePlane) -> None:
     assert counters.shortcut_messages_total > 0
 
 
+def test_writers_that_wait_for_the_connection(bed: Bed, plane: MakePlane) -> None:
+    """Claim: what is written before the handshake is over arrives in order, 500 times."""
+    underpass = plane()
+    batch = Batch(1, (SMALL_MESSAGES,) * 500, SERVER4, writer_waits=True)
+    run_batch(bed.worker("client"), bed.worker("server"), batch).check()
+    assert underpass.counters().pairs_total == 500
+
+
 def test_deferred_clients_catch_a_missing_gate(bed: Bed, plane: MakePlane) -> None:
     """Claim: the check above fails when messages are redirected past unread TCP bytes."""
     plane(faults=Fault.NO_GATE)
@@ -107,13 +115,18 @@ def test_half_close_in_mid_stream(bed: Bed, plane: MakePlane) -> None:
     assert underpass.counters().pairs_total == 600
 
 
+@pytest.mark.timeout(1200)
 def test_torture(bed: Bed, plane: MakePlane, *, long_run: bool) -> None:
     """Claim: the same for many seeds and shares of forced switches."""
     if not long_run:
         pytest.skip("a long run: set UNDERPASS_LONG=1")
     underpass = plane()
     client, server = bed.worker("client"), bed.worker("server")
-    for seed in range(40):
+    for seed in range(160):
         underpass.set_forced((0.0, 0.02, 0.3, 0.9)[seed % 4])
-        batch = Batch(seed, mixed(200, seed), SERVER4, first_port=20000 + 200 * seed)
+        plans = mixed(200, seed)
+        if seed % 5 == 0:
+            plans = tuple(replace(HALF_CLOSE_IN_MID_STREAM, mode=plan.mode) for plan in plans)
+        first_port = 20000 + 200 * seed
+        batch = Batch(seed, plans, SERVER4, first_port=first_port, deferred=seed % 3 == 0)
         run_batch(client, server, batch).check()

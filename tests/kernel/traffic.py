@@ -256,6 +256,10 @@ class _Side:
 
     def _play(self, endpoint: Endpoint, index: int) -> None:
         target = (self.batch.target, self.batch.port) if self.side == "client" else None
+        if target is not None and self.batch.writer_waits:
+            endpoint.sock.setblocking(False)
+            endpoint.sock.connect_ex(target)
+            target = None
         self.outcomes[index] = play(endpoint, index, self.side, target)
 
     def finish(self) -> list[Outcome]:
