@@ -13,7 +13,11 @@
 
 #define AF_INET 2
 #define AF_INET6 10
+#define SOL_SOCKET 1
+#define SO_KEEPALIVE 9
+#define SO_RCVLOWAT 18
 #define SOL_TCP 6
+#define TCP_KEEPIDLE 4
 #define EEXIST 17
 #define ENOSPC 28
 #define EBUSY 16

@@ -34,7 +34,8 @@ struct endpoint {
 	__u8 leave;   /* 1 = the other end will never come, 2 = it has left: sock_ops takes us out, too */
 	__u8 watched; /* listener: this generation set the SYN-ACK callback */
 	__u8 ticking; /* the keepalive timer runs for us; 2 = the program had it on itself */
-	__u8 pad[2];
+	__u8 left;    /* it was in the map and is not any more */
+	__u8 pad;
 };
 
 /* Written by sock_ops. Full: the connection stays on TCP (map-full). Entries go when a socket closes. */

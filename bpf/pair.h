@@ -11,6 +11,7 @@
 #define UNDERPASS_PAIR_H
 
 #include "holds.h"
+#include "peek.h"
 
 /* Calls us as a socket builds a TCP packet: a listener its SYN-ACK, an endpoint any other. */
 #define BUILD_FLAG BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG
@@ -121,16 +122,16 @@ static __always_inline struct endpoint *enter(struct bpf_sock_ops *ctx, __u8 rol
 	ep = bpf_sk_storage_get(&endpoints, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!ep)
 		return 0;
-	bpf_sock_ops_cb_flags_set(ctx, CTX(bpf_sock_ops_cb_flags) | BUILD_FLAG | CLOSE_FLAG);
 	ep->cookie = bpf_get_socket_cookie(ctx);
+	error = bpf_sock_hash_update(ctx, &sockets, &ep->cookie, BPF_NOEXIST);
+	if (error) {
+		*why = ep->reason = why_not_inserted(error); /* kept for `explain` */
+		return 0;
+	}
 	ep->role = role;
 	ep->reason = UP_NO_MESSAGE;
-	error = bpf_sock_hash_update(ctx, &sockets, &ep->cookie, BPF_NOEXIST);
-	if (!error)
-		return ep;
-	ep->role = 0;
-	*why = ep->reason = why_not_inserted(error); /* stays in the storage, for `explain` */
-	return 0;
+	bpf_sock_ops_cb_flags_set(ctx, CTX(bpf_sock_ops_cb_flags) | BUILD_FLAG | CLOSE_FLAG);
+	return ep;
 }
 
 /* A socket begins to listen: let it tell us of each SYN that it answers. */
@@ -209,10 +210,8 @@ static __always_inline void on_client(struct bpf_sock_ops *ctx)
 	if (fault(UP_FAULT_ADDRESS_KEYS))
 		key = address_key(&local, &remote);
 	ep = enter(ctx, UP_CLIENT, &why);
-	if (!ep) {
-		clear_flags(ctx, BUILD_FLAG | CLOSE_FLAG);
+	if (!ep)
 		return count_socket(why);
-	}
 	ep->client_next = key.client_next;
 	ep->server_next = key.server_next;
 	shake.client = ep->cookie;
@@ -284,9 +283,14 @@ static __always_inline void on_server(struct bpf_sock_ops *ctx)
 {
 	enum up_reason reason = pair_server(ctx);
 
+	struct bpf_sock *sk = ctx->sk;
+	struct tcp_sock *tp = sk ? bpf_skc_to_tcp_sock(sk) : 0;
+
 	count_socket(reason); /* UP_SHORTCUT: counts the pair */
-	if (reason != UP_SHORTCUT) /* the first is inherited from the listener */
-		clear_flags(ctx, BUILD_FLAG | CLOSE_FLAG);
+	/* The flag is inherited from the listener. A psock means that another instance of us, attached
+	 * deeper in the tree, has taken the socket and wants it. */
+	if (reason != UP_SHORTCUT && tp && !psock_of((const struct sock *)tp))
+		clear_flags(ctx, BUILD_FLAG);
 }
 
 /* The client's first message: has the server's socket been paired meanwhile? */

@@ -5,7 +5,6 @@
 #define UNDERPASS_STEER_H
 
 #include "pair.h"
-#include "peek.h"
 
 /* Could a reader be inside native tcp_recvmsg, where it never sees a redirected byte (MSG_WAITALL, or
  * one of several readers)? Asked once per switch back from TCP, after the gate has opened: whoever

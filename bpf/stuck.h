@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /* Readers that would sleep for ever, or wake for nothing: endpoints that leave the map in time.
  *
- * TCP bytes that arrive behind unread redirected ones have had
- * their wake-up before the reader gets to them: an edge-triggered reader that takes a short read for
- * the end (as epoll(7) allows), or asks FIONREAD on a kernel that does not count them, then waits for
- * an event that does not come. nginx does both.
+ * TCP bytes that arrive behind unread redirected ones have had their wake-up before the reader gets to
+ * them: an edge-triggered reader that takes a short read for the end (as epoll(7) allows), or asks
+ * FIONREAD on a kernel that does not count them, then waits for an event that does not come. nginx does
+ * both.
  *
  * So an endpoint in the map that sends a TCP packet (an ACK, a probe) looks at itself: TCP bytes that
  * still wait where they waited, and nothing redirected before them, mean a reader that missed them. It
@@ -13,12 +13,7 @@
 #define UNDERPASS_STUCK_H
 
 #include "pair.h"
-#include "peek.h"
 
-#define SOL_SOCKET 1
-#define SO_KEEPALIVE 9
-#define SO_RCVLOWAT 18
-#define TCP_KEEPIDLE 4
 #define PATIENCE_NS 150000000ull /* shorter than the shortest probe interval, 200 ms */
 #define FIRST_READ 512           /* a first message up to this is read in one go */
 
@@ -64,6 +59,7 @@ static __always_inline void leave(struct bpf_sock_ops *ctx, struct endpoint *ep,
 		bpf_map_delete_elem(&handshakes, &key);
 	}
 	bpf_map_delete_elem(&sockets, &ep->cookie);
+	ep->left = 1;
 	ep->reason = reason;
 	count_socket(reason);
 	clear_flags(ctx, BUILD_FLAG | CLOSE_FLAG);
@@ -108,7 +104,7 @@ static __always_inline void on_state(struct bpf_sock_ops *ctx)
 	struct endpoint *ep;
 
 	ep = sk ? bpf_sk_storage_get(&endpoints, sk, 0, 0) : 0;
-	if (!ep || !ep->role)
+	if (!ep || !ep->role || ep->left)
 		return;
 	if (state == BPF_TCP_FIN_WAIT1 && (ep->peer || meet_server(ep)))
 		half_close(ctx, ep);
@@ -128,7 +124,7 @@ static __always_inline void on_packet(struct bpf_sock_ops *ctx)
 	__u64 now;
 
 	ep = sk ? bpf_sk_storage_get(&endpoints, sk, 0, 0) : 0;
-	if (!ep || !ep->role)
+	if (!ep || !ep->role || ep->left)
 		return;
 	if (ep->leave == 1)
 		return leave(ctx, ep, UP_PEER_REFUSED);

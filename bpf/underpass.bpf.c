@@ -6,7 +6,7 @@
  *   sk_msg        up_steer       each message: shortcut or TCP, and why (steer.h)
  *   iter/tcp      up_arm         listeners that stood before: answer SYNs with the proof callback
  *   iter/tcp      up_disarm      takes that back
- *   iter/tcp      up_wake        wakes readers that may have missed TCP bytes while in the map
+ *   iter/tcp      up_release     after a drain: puts back what we set on sockets, wakes their readers
  *   iter/tcp      up_sockets     lists the TCP sockets of a namespace, for `explain`
  *   iter/sockmap  up_list        lists the endpoints in the map (walk.h)
  *   iter/sockmap  up_drain       takes the endpoints out that hold nothing unread, lists the others
@@ -80,9 +80,9 @@ int up_sockets(struct bpf_iter__tcp *ctx)
 }
 
 SEC("iter/tcp")
-int up_wake(struct bpf_iter__tcp *ctx)
+int up_release(struct bpf_iter__tcp *ctx)
 {
-	wake(ctx);
+	release(ctx);
 	return 0;
 }
 

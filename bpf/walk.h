@@ -3,8 +3,6 @@
 #ifndef UNDERPASS_WALK_H
 #define UNDERPASS_WALK_H
 
-#include "pair.h"
-#include "peek.h"
 #include "stuck.h"
 
 #define TCP_BPF_SOCK_OPS_CB_FLAGS 1008
@@ -57,22 +55,33 @@ static __always_inline void arm(struct bpf_iter__tcp *ctx, bool on)
 	ep->watched = on;
 }
 
-/* A reader that has left the map may sleep although TCP bytes wait: see stuck.h. */
-static __always_inline void wake(struct bpf_iter__tcp *ctx)
+/* After a drain: whoever is out of the map gets back what we had set on it, and is woken if TCP bytes
+ * wait that it may have missed (stuck.h). */
+static __always_inline void release(struct bpf_iter__tcp *ctx)
 {
 	struct sock_common *skc = ctx->sk_common;
+	int off = 0, idle, lowat, flags;
 	struct endpoint *ep;
 	struct tcp_sock *tp;
-	int lowat;
 
 	tp = skc ? bpf_skc_to_tcp_sock(skc) : 0;
-	if (!tp || tp->rcv_nxt == tp->copied_seq)
+	ep = tp ? bpf_sk_storage_get(&endpoints, (struct sock *)tp, 0, 0) : 0;
+	if (!ep || !ep->role || psock_of((const struct sock *)tp))
 		return;
-	ep = bpf_sk_storage_get(&endpoints, (struct sock *)tp, 0, 0);
-	if (!ep || !ep->role)
-		return;
+	flags = tp->bpf_sock_ops_cb_flags & ~CLOSE_FLAG;
+	if (!bpf_sk_storage_get(&shared_listeners, (struct sock *)tp, 0, 0))
+		flags &= ~BUILD_FLAG;
+	set_flags(tp, flags);
+	if (ep->ticking) {
+		idle = ep->keep_idle;
+		if (ep->ticking == 1)
+			bpf_setsockopt(tp, SOL_SOCKET, SO_KEEPALIVE, &off, sizeof(off));
+		bpf_setsockopt(tp, SOL_TCP, TCP_KEEPIDLE, &idle, sizeof(idle));
+		ep->ticking = 0;
+	}
 	lowat = tp->inet_conn.icsk_inet.sk.sk_rcvlowat;
-	bpf_setsockopt(tp, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat));
+	if (tp->rcv_nxt != tp->copied_seq)
+		bpf_setsockopt(tp, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat));
 }
 
 static __always_inline void fill(struct up_record *r, const struct sock *sk, const struct endpoint *ep)

@@ -44,7 +44,7 @@ PROGRAMS = (
     "up_arm",
     "up_disarm",
     "up_sockets",
-    "up_wake",
+    "up_release",
     "up_list",
     "up_drain",
 )
@@ -351,7 +351,7 @@ class Dataplane:
                 break
             time.sleep(0.05)
         if busy:
-            self._in_all_namespaces("up_wake")
+            self._in_all_namespaces("up_release")
         link = self.pins / _LINK
         if not left and link.exists():
             with libbpf.get(link) as fd:
