@@ -19,6 +19,7 @@ from underpass.bench.compare import (
 
 LATENCY = Row("one-core", "tcp_lat", "64", "us", less_is_better=True, floor=0.99)
 STREAM = Row("one-core", "tcp_bw", "4096", "Mb/s", less_is_better=False, floor=0.5)
+OFF_NODE = Row("free", "churn", "off-node", "connections/s", False, 0.0, off_node=True)
 SMALL = Row("two-cores", "tcp_bw", "1", "Mb/s", less_is_better=False, floor=0.0, ruled=True)
 
 
@@ -95,3 +96,14 @@ def test_a_shortcut_run_without_any_shortcut_never_passes(row: Row, moved: Moved
     """However low a row's floor is, a shortcut run with nothing on the shortcut fails."""
     (line,) = failures(of_row(row, sample(Mode.SHORTCUT, moved=moved)))
     assert "nothing of a shortcut run took the shortcut" in line
+
+
+def test_an_off_node_run_must_have_been_turned_down() -> None:
+    """Off-node connections that paired, or that the data plane never saw, are not believed."""
+    fine = sample(Mode.SHORTCUT, moved=Moved(not_local=1000))
+    paired = sample(Mode.SHORTCUT, number=1, moved=Moved(pairs=1, not_local=999))
+    unseen = sample(Mode.SHORTCUT, number=2, moved=Moved(not_local=10))
+    lines = failures(of_row(OFF_NODE, fine, paired, unseen))
+    assert len(lines) == 2
+    assert "1 off-node connections were paired" in lines[0]
+    assert "turned down 10 of 1000" in lines[1]
