@@ -70,6 +70,8 @@ def ratio_cell(outcome: Outcome) -> str:
 
 def carried_cell(outcome: Outcome) -> str:
     """The least share that the shortcut carried in any of its runs; marked below a half."""
+    if outcome.row.off_node:
+        return "none, as it must"
     if outcome.carried is None:
         return "-"
     low = outcome.carried.low
@@ -95,7 +97,7 @@ def print_tables(
         if document["ok"]
         else "The kernel's counters do not bear this comparison out."
     )
-    if any(o.carried and o.carried.low < HALF for o in outcomes):
+    if any(o.carried and o.carried.low < HALF and not o.row.off_node for o in outcomes):
         console.print(
             "* In some run most of this went by TCP: the stream stood at the budget and the data"
             " plane held it there.\n  Read it as underpass's own choice, not as the speed of the"
