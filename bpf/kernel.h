@@ -14,10 +14,13 @@
 #define AF_INET 2
 #define AF_INET6 10
 #define SOL_SOCKET 1
+#define SO_SNDBUF 7
 #define SO_KEEPALIVE 9
 #define SO_RCVLOWAT 18
 #define SOL_TCP 6
 #define TCP_KEEPIDLE 4
+#define TCP_KEEPINTVL 5
+#define TCP_KEEPCNT 6
 #define EEXIST 17
 #define ENOSPC 28
 #define EBUSY 16
@@ -67,6 +70,7 @@ struct sock {
 	struct socket_wq *sk_wq;
 	int sk_rcvlowat;
 	__u8 sk_shutdown;
+	__u8 sk_userlocks;
 	void *sk_user_data;
 	struct sock_cgroup_data sk_cgrp_data;
 };

@@ -23,9 +23,9 @@ struct endpoint {
 	__u32 newer; /* messages since the mark */
 	__u32 older; /* messages between the mark before and the mark */
 	__u64 gone_at;     /* ns: when the peer was first missed */
-	__u64 seen_at;     /* ns: since when the TCP bytes before `seen_copied` wait unread */
-	__u32 seen_copied;
-	__u32 keep_idle;   /* what TCP_KEEPIDLE was before we ticked, seconds */
+	__u64 seen_at;     /* ns: since when the TCP bytes before `seen_end` wait, none redirected ahead */
+	__u32 seen_end;
+	int keep_idle, keep_interval, keep_count; /* what TCP_KEEPIDLE and so on were before we ticked */
 	__u32 client_next, server_next; /* handshake numbers: key into `handshakes` */
 	__u32 grant; /* slot that this direction last held */
 	__u8 role;
@@ -35,7 +35,9 @@ struct endpoint {
 	__u8 watched; /* listener: this generation set the SYN-ACK callback */
 	__u8 ticking; /* the keepalive timer runs for us; 2 = the program had it on itself */
 	__u8 left;    /* it was in the map and is not any more */
-	__u8 pad;
+	__u8 held;    /* the last verdicts were over budget: TCP holds the sender */
+	__u8 narrow;  /* its send buffer is: 1 = narrow, 2 = wide again, by us; 0 = untouched */
+	__u8 pad[7];
 };
 
 /* Written by sock_ops. Full: the connection stays on TCP (map-full). Entries go when a socket closes. */

@@ -156,13 +156,15 @@ static __always_inline int steer(struct sk_msg_md *msg)
 		return SK_PASS;
 	ep->reason = reason;
 	if (reason == UP_SHORTCUT) {
-		ep->on_tcp = 0;
+		ep->on_tcp = ep->held = 0;
 		ep->shortcut_bytes += msg->size;
 		ep->shortcut_messages++;
 		ep->newer++;
 	} else {
 		ep->on_tcp = 1;
 		ep->tcp_messages++;
+		if (reason >= UP_BUDGET_BYTES && reason <= UP_NODE_MEMORY)
+			ep->held = 1;
 		if (reason == UP_PEER_GONE && !ep->leave) {
 			ep->gone_at = bpf_ktime_get_ns();
 			ep->leave = 2;

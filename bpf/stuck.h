@@ -7,8 +7,9 @@
  * both.
  *
  * So an endpoint in the map that sends a TCP packet (an ACK, a probe) looks at itself: TCP bytes that
- * still wait where they waited, and nothing redirected before them, mean a reader that missed them. It
- * leaves the map for good and is woken. The keepalive timer makes sure that a packet comes. */
+ * have waited for PATIENCE_NS, with nothing redirected ahead of them, mean a reader that missed them (or
+ * gets at a few with every event). It leaves the map for good and is woken. The keepalive timer makes
+ * sure that a packet comes. */
 #ifndef UNDERPASS_STUCK_H
 #define UNDERPASS_STUCK_H
 
@@ -16,36 +17,63 @@
 
 #define PATIENCE_NS 150000000ull /* shorter than the shortest probe interval, 200 ms */
 #define FIRST_READ 512           /* a first message up to this is read in one go */
+#define NARROW_BUFFER (32 << 10)
+#define WIDE_BUFFER (4 << 20) /* the kernel takes at most net.core.wmem_max */
+#define SOCK_SNDBUF_LOCK 1
 
-/* Let the keepalive timer send a packet once a second of silence. */
+/* Let the keepalive timer send a packet at every second of silence. Its count is raised: on a path that
+ * has begun to drop packets the program's connection must not end sooner for our sake. */
 static __always_inline void start_ticking(struct bpf_sock_ops *ctx, struct endpoint *ep)
 {
-	int on = 0, idle = 0, one = 1;
+	int on = 0, one = 1, most = 127;
 
 	if (bpf_getsockopt(ctx, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on)) ||
-	    bpf_getsockopt(ctx, SOL_TCP, TCP_KEEPIDLE, &idle, sizeof(idle)))
+	    bpf_getsockopt(ctx, SOL_TCP, TCP_KEEPIDLE, &ep->keep_idle, sizeof(int)) ||
+	    bpf_getsockopt(ctx, SOL_TCP, TCP_KEEPINTVL, &ep->keep_interval, sizeof(int)) ||
+	    bpf_getsockopt(ctx, SOL_TCP, TCP_KEEPCNT, &ep->keep_count, sizeof(int)))
 		return;
-	ep->keep_idle = idle;
 	ep->ticking = on ? 2 : 1;
+	bpf_setsockopt(ctx, SOL_TCP, TCP_KEEPCNT, &most, sizeof(most));
+	bpf_setsockopt(ctx, SOL_TCP, TCP_KEEPINTVL, &one, sizeof(one));
 	bpf_setsockopt(ctx, SOL_TCP, TCP_KEEPIDLE, &one, sizeof(one));
 	if (!on)
 		bpf_setsockopt(ctx, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof(one));
 }
 
-static __always_inline void stop_ticking(struct bpf_sock_ops *ctx, struct endpoint *ep)
-{
-	int idle = ep->keep_idle, off = 0;
+/* `sk` is what bpf_setsockopt takes in the calling program: its context, or the socket. */
+#define STOP_TICKING(sk, ep)                                                                       \
+	({                                                                                         \
+		int off = 0;                                                                       \
+		if ((ep)->ticking == 1)                                                            \
+			bpf_setsockopt(sk, SOL_SOCKET, SO_KEEPALIVE, &off, sizeof(off));           \
+		bpf_setsockopt(sk, SOL_TCP, TCP_KEEPIDLE, &(ep)->keep_idle, sizeof(int));          \
+		bpf_setsockopt(sk, SOL_TCP, TCP_KEEPINTVL, &(ep)->keep_interval, sizeof(int));     \
+		bpf_setsockopt(sk, SOL_TCP, TCP_KEEPCNT, &(ep)->keep_count, sizeof(int));          \
+		(ep)->ticking = 0;                                                                 \
+	})
 
-	if (ep->ticking == 1)
-		bpf_setsockopt(ctx, SOL_SOCKET, SO_KEEPALIVE, &off, sizeof(off));
-	bpf_setsockopt(ctx, SOL_TCP, TCP_KEEPIDLE, &idle, sizeof(idle));
-	ep->ticking = 0;
+/* Over budget, TCP holds the sender - but with megabytes in its send buffer it would fill that again as
+ * fast as it drains, and the gate would never see a moment at which all is consumed: on a slow path the
+ * stream would stay on TCP for good. With a narrow buffer the sender stops after a message or two, the
+ * reader catches up, and the shortcut is back. A size that the program chose itself is left alone. */
+static __always_inline void set_buffer(struct bpf_sock_ops *ctx, struct endpoint *ep,
+				       const struct tcp_sock *tp, bool narrow)
+{
+	const struct sock *sk = &tp->inet_conn.icsk_inet.sk;
+	int size = narrow ? NARROW_BUFFER : WIDE_BUFFER;
+
+	if (narrow == (ep->narrow == 1))
+		return;
+	if (!ep->narrow && (BPF_CORE_READ_BITFIELD_PROBED(sk, sk_userlocks) & SOCK_SNDBUF_LOCK))
+		return;
+	if (!bpf_setsockopt(ctx, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size)))
+		ep->narrow = narrow ? 1 : 2;
 }
 
 /* Takes the calling socket out of the map, for good. The caller knows that no redirected byte waits
  * for it or is on its way. Setting SO_RCVLOWAT wakes whoever has bytes to read (tcp_set_rcvlowat). */
 static __always_inline void leave(struct bpf_sock_ops *ctx, struct endpoint *ep,
-				  enum up_reason reason)
+				  const struct tcp_sock *tp, enum up_reason reason)
 {
 	struct numbers key = {ep->client_next, ep->server_next};
 	struct handshake *shake;
@@ -64,7 +92,8 @@ static __always_inline void leave(struct bpf_sock_ops *ctx, struct endpoint *ep,
 	count_socket(reason);
 	clear_flags(ctx, BUILD_FLAG | CLOSE_FLAG);
 	if (ep->ticking)
-		stop_ticking(ctx, ep);
+		STOP_TICKING(ctx, ep);
+	set_buffer(ctx, ep, tp, false);
 	if (!bpf_getsockopt(ctx, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat)))
 		bpf_setsockopt(ctx, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat));
 }
@@ -93,7 +122,7 @@ static __always_inline void half_close(struct bpf_sock_ops *ctx, struct endpoint
 		return;
 	if (peer && inside(peer) > sleepers(peer))
 		return;
-	leave(ctx, ep, UP_HALF_CLOSED);
+	leave(ctx, ep, tp, UP_HALF_CLOSED);
 }
 
 static __always_inline void on_state(struct bpf_sock_ops *ctx)
@@ -126,36 +155,36 @@ static __always_inline void on_packet(struct bpf_sock_ops *ctx)
 	ep = sk ? bpf_sk_storage_get(&endpoints, sk, 0, 0) : 0;
 	if (!ep || !ep->role || ep->left)
 		return;
-	if (ep->leave == 1)
-		return leave(ctx, ep, UP_PEER_REFUSED);
 	tp = bpf_skc_to_tcp_sock(sk);
 	if (!tp)
 		return;
+	if (ep->leave == 1)
+		return leave(ctx, ep, tp, UP_PEER_REFUSED);
+	set_buffer(ctx, ep, tp, ep->held);
 	if (CTX(state) == BPF_TCP_FIN_WAIT1) /* its FIN: a moment later, perhaps a better one */
 		return half_close(ctx, ep);
 	now = bpf_ktime_get_ns();
 	if (ep->leave && now - ep->gone_at > PATIENCE_NS && !has_unread((const struct sock *)tp))
-		return leave(ctx, ep, UP_PEER_GONE); /* what it had under way has arrived by now */
+		return leave(ctx, ep, tp, UP_PEER_GONE); /* what it had under way has arrived by now */
 	copied = tp->copied_seq;
 	if (tp->rcv_nxt == copied) {
 		if (ep->ticking && now - ep->seen_at > PATIENCE_NS)
-			stop_ticking(ctx, ep);
+			STOP_TICKING(ctx, ep);
 		return;
 	}
 	if (knobs.fionread_broken && tp->rcv_nxt - copied > FIRST_READ && tcp_came_first(ep)) {
-		leave(ctx, ep, UP_TCP_FIRST);
+		leave(ctx, ep, tp, UP_TCP_FIRST);
 		return;
 	}
 	if (!ep->ticking)
 		start_ticking(ctx, ep);
-	if (!ep->seen_at || ep->seen_copied != copied) {
-		ep->seen_copied = copied;
+	if (!ep->seen_at || (__s32)(copied - ep->seen_end) >= 0 || has_unread((const struct sock *)tp)) {
+		ep->seen_end = tp->rcv_nxt;
 		ep->seen_at = now;
 		return;
 	}
-	if (now - ep->seen_at < PATIENCE_NS || has_unread((const struct sock *)tp))
-		return;
-	leave(ctx, ep, UP_READER_STUCK);
+	if (now - ep->seen_at >= PATIENCE_NS)
+		leave(ctx, ep, tp, UP_READER_STUCK);
 }
 
 #endif

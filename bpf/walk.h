@@ -60,7 +60,7 @@ static __always_inline void arm(struct bpf_iter__tcp *ctx, bool on)
 static __always_inline void release(struct bpf_iter__tcp *ctx)
 {
 	struct sock_common *skc = ctx->sk_common;
-	int off = 0, idle, lowat, flags;
+	int wide = WIDE_BUFFER, lowat, flags;
 	struct endpoint *ep;
 	struct tcp_sock *tp;
 
@@ -72,13 +72,10 @@ static __always_inline void release(struct bpf_iter__tcp *ctx)
 	if (!bpf_sk_storage_get(&shared_listeners, (struct sock *)tp, 0, 0))
 		flags &= ~BUILD_FLAG;
 	set_flags(tp, flags);
-	if (ep->ticking) {
-		idle = ep->keep_idle;
-		if (ep->ticking == 1)
-			bpf_setsockopt(tp, SOL_SOCKET, SO_KEEPALIVE, &off, sizeof(off));
-		bpf_setsockopt(tp, SOL_TCP, TCP_KEEPIDLE, &idle, sizeof(idle));
-		ep->ticking = 0;
-	}
+	if (ep->ticking)
+		STOP_TICKING(tp, ep);
+	if (ep->narrow == 1)
+		bpf_setsockopt(tp, SOL_SOCKET, SO_SNDBUF, &wide, sizeof(wide));
 	lowat = tp->inet_conn.icsk_inet.sk.sk_rcvlowat;
 	if (tp->rcv_nxt != tp->copied_seq)
 		bpf_setsockopt(tp, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat));
