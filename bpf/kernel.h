@@ -68,7 +68,7 @@ struct sock {
 	struct { atomic_t rmem_alloc; } sk_backlog;
 	socket_lock_t sk_lock;
 	struct socket_wq *sk_wq;
-	int sk_rcvlowat;
+	int sk_rcvlowat, sk_sndbuf, sk_peek_off;
 	__u8 sk_shutdown;
 	__u8 sk_userlocks;
 	void *sk_user_data;

@@ -11,10 +11,22 @@ const volatile struct up_knobs knobs SEC(".rodata.knobs");
 /* A queued message pins one slab object (struct sk_msg in kmalloc-1k) besides its bytes. */
 #define MESSAGE_COST 1024
 
+struct numbers {
+	__u32 client_next; /* client's snd_nxt = server's rcv_nxt as the handshake ends */
+	__u32 server_next; /* client's rcv_nxt = server's snd_nxt */
+};
+
+/* One endpoint of one connection. The cookie alone would not do: a socket keeps it when it is
+ * disconnected (connect to AF_UNSPEC) and connected again. */
+struct key {
+	__u64 cookie;
+	struct numbers numbers;
+};
+
 /* State of one endpoint. Written under its socket lock only; freed with the socket. */
 struct endpoint {
-	__u64 cookie;
-	__u64 peer;      /* cookie; 0 = not paired */
+	struct key self;
+	struct key peer; /* cookie 0 = not paired */
 	__u64 peer_sock; /* kernel address, only ever read through look() */
 	__u64 shortcut_bytes;
 	__u64 shortcut_messages;
@@ -26,11 +38,11 @@ struct endpoint {
 	__u64 seen_at;     /* ns: since when the TCP bytes before `seen_end` wait, none redirected ahead */
 	__u32 seen_end;
 	int keep_idle, keep_interval, keep_count; /* what TCP_KEEPIDLE and so on were before we ticked */
-	__u32 client_next, server_next; /* handshake numbers: key into `handshakes` */
+	__u32 redirect_seq; /* write_seq at the last redirect: TCP bytes since then show as a difference */
 	__u32 grant; /* slot that this direction last held */
 	__u8 role;
 	__u8 reason;  /* of the last message, or of the refusal */
-	__u8 on_tcp;  /* a message went by TCP since the last redirect */
+	__u8 ask;     /* the reader may have gone to sleep before it entered the map */
 	__u8 leave;   /* 1 = the other end will never come, 2 = it has left: sock_ops takes us out, too */
 	__u8 watched; /* listener: this generation set the SYN-ACK callback */
 	__u8 ticking; /* the keepalive timer runs for us; 2 = the program had it on itself */
@@ -44,7 +56,7 @@ struct endpoint {
 struct {
 	__uint(type, BPF_MAP_TYPE_SOCKHASH);
 	__uint(max_entries, 131072);
-	__type(key, __u64);
+	__type(key, struct key);
 	__type(value, __u64);
 } sockets SEC(".maps");
 
@@ -85,11 +97,6 @@ struct {
 	__type(value, struct syn);
 } syns SEC(".maps");
 
-struct numbers {
-	__u32 client_next; /* client's snd_nxt = server's rcv_nxt as the handshake ends */
-	__u32 server_next; /* client's rcv_nxt = server's snd_nxt */
-};
-
 struct handshake {
 	struct view view;
 	__u64 client;        /* cookies and addresses of the two sockets */
@@ -98,6 +105,7 @@ struct handshake {
 	__u64 server;        /* written last; 0 = not yet */
 	__u32 ambiguous;
 	__u32 refused;       /* enum up_reason: the server's socket could not enter */
+	__u64 early;         /* a thread slept on the client's socket before it entered */
 };
 
 /* A client that waits to learn its server. Written by both ESTABLISHED callbacks, deleted by the

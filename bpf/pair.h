@@ -110,7 +110,7 @@ static __always_inline struct numbers address_key(const struct up_address *clien
 }
 
 static __always_inline struct endpoint *enter(struct bpf_sock_ops *ctx, __u8 role,
-					      enum up_reason *why)
+					      struct numbers numbers, enum up_reason *why)
 {
 	struct endpoint *ep = 0;
 	struct bpf_sock *sk = ctx->sk;
@@ -122,8 +122,10 @@ static __always_inline struct endpoint *enter(struct bpf_sock_ops *ctx, __u8 rol
 	ep = bpf_sk_storage_get(&endpoints, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!ep)
 		return 0;
-	ep->cookie = bpf_get_socket_cookie(ctx);
-	error = bpf_sock_hash_update(ctx, &sockets, &ep->cookie, BPF_NOEXIST);
+	__builtin_memset(ep, 0, sizeof(*ep)); /* the socket may have had a connection before */
+	ep->self.cookie = bpf_get_socket_cookie(ctx);
+	ep->self.numbers = numbers;
+	error = bpf_sock_hash_update(ctx, &sockets, &ep->self, BPF_NOEXIST);
 	if (error) {
 		*why = ep->reason = why_not_inserted(error); /* kept for `explain` */
 		return 0;
@@ -177,6 +179,7 @@ static __always_inline void on_client(struct bpf_sock_ops *ctx)
 	struct numbers key = {snd, rcv};
 	struct up_address local, remote;
 	struct handshake shake = {}, *twin;
+	const struct tcp_sock *tp;
 	enum up_reason why;
 	struct endpoint *ep;
 	struct bpf_sock *sk;
@@ -200,8 +203,7 @@ static __always_inline void on_client(struct bpf_sock_ops *ctx)
 		shake.view = syn->view;
 		bpf_map_delete_elem(&syns, &number);
 		if ((!same_ip(&local, &shake.view.client) || local.port != shake.view.client.port)) {
-			const struct tcp_sock *tp = bpf_skc_to_tcp_sock(sk);
-
+			tp = bpf_skc_to_tcp_sock(sk);
 			if (!tp || !node_holds(BPF_CORE_READ(tp, inet_conn.icsk_inet.sk.__sk_common.skc_net.net),
 					       shake.view.client.ip))
 				return count_socket(UP_ADDRESS_MISMATCH);
@@ -209,13 +211,14 @@ static __always_inline void on_client(struct bpf_sock_ops *ctx)
 	}
 	if (fault(UP_FAULT_ADDRESS_KEYS))
 		key = address_key(&local, &remote);
-	ep = enter(ctx, UP_CLIENT, &why);
+	ep = enter(ctx, UP_CLIENT, key, &why);
 	if (!ep)
 		return count_socket(why);
-	ep->client_next = key.client_next;
-	ep->server_next = key.server_next;
-	shake.client = ep->cookie;
-	shake.client_sock = (__u64)bpf_skc_to_tcp_sock(sk);
+	ep->redirect_seq = snd;
+	shake.client = ep->self.cookie;
+	tp = bpf_skc_to_tcp_sock(sk);
+	shake.client_sock = (__u64)tp;
+	shake.early = !tp || sleepers((const struct sock *)tp) != 0;
 	error = bpf_map_update_elem(&handshakes, &key, &shake,
 				    fault(UP_FAULT_ADDRESS_KEYS) ? BPF_ANY : BPF_NOEXIST);
 	if (error) {
@@ -224,7 +227,7 @@ static __always_inline void on_client(struct bpf_sock_ops *ctx)
 			twin->ambiguous = 1;
 		ep->role = 0;
 		ep->reason = error == -EEXIST ? UP_AMBIGUOUS : UP_NO_MEMORY;
-		bpf_map_delete_elem(&sockets, &ep->cookie);
+		bpf_map_delete_elem(&sockets, &ep->self);
 		clear_flags(ctx, BUILD_FLAG | CLOSE_FLAG);
 		return count_socket(ep->reason);
 	}
@@ -265,17 +268,18 @@ static __always_inline enum up_reason pair_server(struct bpf_sock_ops *ctx)
 			return UP_ADDRESS_MISMATCH;
 		}
 	}
-	ep = enter(ctx, UP_SERVER, &why);
+	ep = enter(ctx, UP_SERVER, key, &why);
 	if (!ep) {
 		shake->refused = why;
 		return why;
 	}
 	ep->peer_sock = shake->client_sock;
-	ep->peer = shake->client;
-	ep->client_next = key.client_next;
-	ep->server_next = key.server_next;
+	ep->peer.cookie = shake->client;
+	ep->peer.numbers = key;
+	ep->redirect_seq = snd;
+	ep->ask = shake->early != 0;
 	shake->server_sock = (__u64)bpf_skc_to_tcp_sock(sk);
-	*(volatile __u64 *)&shake->server = ep->cookie;
+	*(volatile __u64 *)&shake->server = ep->self.cookie;
 	return UP_SHORTCUT;
 }
 
@@ -296,13 +300,12 @@ static __always_inline void on_server(struct bpf_sock_ops *ctx)
 /* The client's first message: has the server's socket been paired meanwhile? */
 static __always_inline bool meet_server(struct endpoint *ep)
 {
-	struct numbers key = {ep->client_next, ep->server_next};
 	struct handshake *shake;
 	__u64 server, sock;
 
 	if (ep->role != UP_CLIENT)
 		return false;
-	shake = bpf_map_lookup_elem(&handshakes, &key);
+	shake = bpf_map_lookup_elem(&handshakes, &ep->self.numbers);
 	if (!shake)
 		return false;
 	if (shake->refused) {
@@ -313,11 +316,12 @@ static __always_inline bool meet_server(struct endpoint *ep)
 	sock = *(volatile __u64 *)&shake->server_sock;
 	/* An LRU entry may be reused under a reader: ours only if it still names us. (Were a stranger's
 	 * cookie to slip through all the same, the gate compares 32 bits of sequence number with it.) */
-	if (!server || !sock || *(volatile __u64 *)&shake->client != ep->cookie)
+	if (!server || !sock || *(volatile __u64 *)&shake->client != ep->self.cookie)
 		return false;
 	ep->peer_sock = sock;
-	ep->peer = server;
-	bpf_map_delete_elem(&handshakes, &key);
+	ep->peer.numbers = ep->self.numbers;
+	ep->peer.cookie = server;
+	bpf_map_delete_elem(&handshakes, &ep->self.numbers);
 	return true;
 }
 

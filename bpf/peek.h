@@ -11,7 +11,7 @@ struct reader {
 	const void *ulp;
 	__u32 copied_seq;
 	__u32 unread; /* bytes charged to its receive memory */
-	int lowat;
+	int lowat, peek_off;
 	__u8 shutdown;
 };
 
@@ -29,6 +29,7 @@ static __always_inline void look(__u64 sock, struct reader *r)
 		r->unread = *(volatile const int *)&READER_SOCK(tp).sk_backlog.rmem_alloc.counter;
 		r->ulp = tp->inet_conn.icsk_ulp_ops;
 		r->lowat = READER_SOCK(tp).sk_rcvlowat;
+		r->peek_off = READER_SOCK(tp).sk_peek_off;
 		r->shutdown = READER_SOCK(tp).sk_shutdown;
 		r->cookie = *(volatile const __s64 *)&READER_SOCK(tp).__sk_common.skc_cookie.counter;
 	} else {
@@ -38,6 +39,7 @@ static __always_inline void look(__u64 sock, struct reader *r)
 		r->unread = BPF_CORE_READ(tp, inet_conn.icsk_inet.sk.sk_backlog.rmem_alloc.counter);
 		r->ulp = BPF_CORE_READ(tp, inet_conn.icsk_ulp_ops);
 		r->lowat = BPF_CORE_READ(tp, inet_conn.icsk_inet.sk.sk_rcvlowat);
+		r->peek_off = BPF_CORE_READ(tp, inet_conn.icsk_inet.sk.sk_peek_off);
 		r->shutdown = BPF_CORE_READ(tp, inet_conn.icsk_inet.sk.sk_shutdown);
 		r->cookie = BPF_CORE_READ(tp, inet_conn.icsk_inet.sk.__sk_common.skc_cookie.counter);
 	}

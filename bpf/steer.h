@@ -6,9 +6,10 @@
 
 #include "pair.h"
 
-/* Could a reader be inside native tcp_recvmsg, where it never sees a redirected byte (MSG_WAITALL, or
- * one of several readers)? Asked once per switch back from TCP, after the gate has opened: whoever
- * copied the last TCP byte then still owns the socket, or sleeps in its wait queue, or is gone. */
+/* Could a reader be inside native tcp_recvmsg, where it never sees a redirected byte (MSG_WAITALL, one
+ * of several readers, one that slept since before the handshake)? Asked once per switch from TCP, after
+ * the gate has opened: whoever copied the last TCP byte then still owns the socket, or sleeps in its wait
+ * queue, or is gone. */
 static __always_inline bool reader_waits_for_tcp(__u64 sock)
 {
 	const struct sock *sk = (const void *)sock;
@@ -23,13 +24,13 @@ static __always_inline bool reader_waits_for_tcp(__u64 sock)
 /* A deep queue needs one of the node's few slots. A slot whose reader has drained may be taken over. */
 static __always_inline bool granted(struct endpoint *ep)
 {
-	__u32 base = (__u32)(ep->cookie * 2654435761u), slot = ep->grant & (knobs.grants - 1);
+	__u32 base = (__u32)(ep->self.cookie * 2654435761u), slot = ep->grant & (knobs.grants - 1);
 	struct grant *g = bpf_map_lookup_elem(&grants, &slot);
 	struct reader r;
 	__u64 owner;
 	int i;
 
-	if (g && g->owner == ep->cookie)
+	if (g && g->owner == ep->self.cookie)
 		return true;
 	for (i = 0; i < 8; i++) {
 		slot = (base + i) & (knobs.grants - 1);
@@ -42,9 +43,9 @@ static __always_inline bool granted(struct endpoint *ep)
 			if (r.cookie == g->reader && r.unread)
 				continue;
 		}
-		if (__sync_val_compare_and_swap(&g->owner, owner, ep->cookie) != owner)
+		if (__sync_val_compare_and_swap(&g->owner, owner, ep->self.cookie) != owner)
 			continue;
-		g->reader = ep->peer;
+		g->reader = ep->peer.cookie;
 		g->reader_sock = ep->peer_sock;
 		ep->grant = slot;
 		return true;
@@ -104,7 +105,7 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 		return UP_NO_STATE;
 	if (ctl->stop)
 		return ctl->stop == UP_PAUSED ? UP_PAUSED : UP_DRAINING;
-	if (!ep->peer && !meet_server(ep))
+	if (!ep->peer.cookie && !meet_server(ep))
 		return UP_UNPAIRED;
 	if (sk->state != BPF_TCP_ESTABLISHED && sk->state != BPF_TCP_CLOSE_WAIT)
 		return UP_CLOSING;
@@ -112,7 +113,7 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 	if (!tp)
 		return UP_NO_STATE;
 	look(ep->peer_sock, &r);
-	if (r.cookie != ep->peer)
+	if (r.cookie != ep->peer.cookie)
 		return UP_PEER_GONE;
 	if (r.shutdown) /* one that has shut down its own side leaves the map: see half_close() */
 		return UP_CLOSING;
@@ -123,11 +124,15 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 		return UP_ULP;
 	if (r.lowat > 1)
 		return UP_RCVLOWAT;
+	if (r.peek_off >= 0)
+		return UP_PEEK_OFF;
 	if (ctl->forced && (bpf_get_prandom_u32() & 0xffff) < ctl->forced)
 		return UP_FORCED;
 	if (r.copied_seq != tp->write_seq && !fault(UP_FAULT_NO_GATE | UP_FAULT_ADDRESS_KEYS))
 		return UP_TCP_UNREAD;
-	if (ep->on_tcp && !fault(UP_FAULT_NO_GATE | UP_FAULT_BLIND_READER) &&
+	if (ep->redirect_seq != tp->write_seq)
+		ep->ask = 1;
+	if (ep->ask && !fault(UP_FAULT_NO_GATE | UP_FAULT_BLIND_READER) &&
 	    reader_waits_for_tcp(ep->peer_sock))
 		return UP_READER_WAITS;
 	if (!fault(UP_FAULT_NO_BUDGET)) {
@@ -137,6 +142,8 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 	}
 	if (bpf_msg_redirect_hash(msg, &sockets, &ep->peer, BPF_F_INGRESS) != SK_PASS)
 		return UP_PEER_GONE;
+	ep->redirect_seq = tp->write_seq;
+	ep->ask = 0;
 	return UP_SHORTCUT;
 }
 
@@ -156,12 +163,11 @@ static __always_inline int steer(struct sk_msg_md *msg)
 		return SK_PASS;
 	ep->reason = reason;
 	if (reason == UP_SHORTCUT) {
-		ep->on_tcp = ep->held = 0;
+		ep->held = 0;
 		ep->shortcut_bytes += msg->size;
 		ep->shortcut_messages++;
 		ep->newer++;
 	} else {
-		ep->on_tcp = 1;
 		ep->tcp_messages++;
 		if (reason >= UP_BUDGET_BYTES && reason <= UP_NODE_MEMORY)
 			ep->held = 1;

@@ -17,6 +17,7 @@
 
 #define PATIENCE_NS 150000000ull /* shorter than the shortest probe interval, 200 ms */
 #define FIRST_READ 512           /* a first message up to this is read in one go */
+#define KEEP_MOST 127
 #define NARROW_BUFFER (32 << 10)
 #define WIDE_BUFFER (4 << 20) /* the kernel takes at most net.core.wmem_max */
 #define SOCK_SNDBUF_LOCK 1
@@ -25,7 +26,7 @@
  * has begun to drop packets the program's connection must not end sooner for our sake. */
 static __always_inline void start_ticking(struct bpf_sock_ops *ctx, struct endpoint *ep)
 {
-	int on = 0, one = 1, most = 127;
+	int on = 0, one = 1, most = KEEP_MOST;
 
 	if (bpf_getsockopt(ctx, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on)) ||
 	    bpf_getsockopt(ctx, SOL_TCP, TCP_KEEPIDLE, &ep->keep_idle, sizeof(int)) ||
@@ -40,15 +41,25 @@ static __always_inline void start_ticking(struct bpf_sock_ops *ctx, struct endpo
 		bpf_setsockopt(ctx, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof(one));
 }
 
-/* `sk` is what bpf_setsockopt takes in the calling program: its context, or the socket. */
+/* Sets an option back to what it was, unless the program has changed it meanwhile: then it is false.
+ * `sk` is what bpf_setsockopt takes in the calling program: its context, or the socket. */
+#define PUT_BACK(sk, option, ours, was)                                                            \
+	({                                                                                         \
+		int now = 0;                                                                       \
+		bool same = !bpf_getsockopt(sk, SOL_TCP, option, &now, sizeof(now)) && now == ours; \
+		if (same)                                                                          \
+			bpf_setsockopt(sk, SOL_TCP, option, was, sizeof(int));                     \
+		same;                                                                              \
+	})
+
 #define STOP_TICKING(sk, ep)                                                                       \
 	({                                                                                         \
+		bool ours = PUT_BACK(sk, TCP_KEEPIDLE, 1, &(ep)->keep_idle);                       \
 		int off = 0;                                                                       \
-		if ((ep)->ticking == 1)                                                            \
+		ours &= PUT_BACK(sk, TCP_KEEPINTVL, 1, &(ep)->keep_interval);                      \
+		ours &= PUT_BACK(sk, TCP_KEEPCNT, KEEP_MOST, &(ep)->keep_count);                   \
+		if (ours && (ep)->ticking == 1)                                                    \
 			bpf_setsockopt(sk, SOL_SOCKET, SO_KEEPALIVE, &off, sizeof(off));           \
-		bpf_setsockopt(sk, SOL_TCP, TCP_KEEPIDLE, &(ep)->keep_idle, sizeof(int));          \
-		bpf_setsockopt(sk, SOL_TCP, TCP_KEEPINTVL, &(ep)->keep_interval, sizeof(int));     \
-		bpf_setsockopt(sk, SOL_TCP, TCP_KEEPCNT, &(ep)->keep_count, sizeof(int));          \
 		(ep)->ticking = 0;                                                                 \
 	})
 
@@ -66,6 +77,8 @@ static __always_inline void set_buffer(struct bpf_sock_ops *ctx, struct endpoint
 		return;
 	if (!ep->narrow && (BPF_CORE_READ_BITFIELD_PROBED(sk, sk_userlocks) & SOCK_SNDBUF_LOCK))
 		return;
+	if (!narrow && BPF_CORE_READ(sk, sk_sndbuf) != 2 * NARROW_BUFFER)
+		return;
 	if (!bpf_setsockopt(ctx, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size)))
 		ep->narrow = narrow ? 1 : 2;
 }
@@ -75,18 +88,17 @@ static __always_inline void set_buffer(struct bpf_sock_ops *ctx, struct endpoint
 static __always_inline void leave(struct bpf_sock_ops *ctx, struct endpoint *ep,
 				  const struct tcp_sock *tp, enum up_reason reason)
 {
-	struct numbers key = {ep->client_next, ep->server_next};
 	struct handshake *shake;
 	int lowat = 0;
 
 	if (ep->role == UP_SERVER) {
-		shake = bpf_map_lookup_elem(&handshakes, &key);
+		shake = bpf_map_lookup_elem(&handshakes, &ep->self.numbers);
 		if (shake)
 			shake->refused = reason;
 	} else {
-		bpf_map_delete_elem(&handshakes, &key);
+		bpf_map_delete_elem(&handshakes, &ep->self.numbers);
 	}
-	bpf_map_delete_elem(&sockets, &ep->cookie);
+	bpf_map_delete_elem(&sockets, &ep->self);
 	ep->left = 1;
 	ep->reason = reason;
 	count_socket(reason);
@@ -101,9 +113,7 @@ static __always_inline void leave(struct bpf_sock_ops *ctx, struct endpoint *ep,
 /* The client has spoken by TCP and knows of no server yet, so it has redirected nothing to us. */
 static __always_inline bool tcp_came_first(const struct endpoint *ep)
 {
-	struct numbers key = {ep->client_next, ep->server_next};
-
-	return ep->role == UP_SERVER && bpf_map_lookup_elem(&handshakes, &key);
+	return ep->role == UP_SERVER && bpf_map_lookup_elem(&handshakes, &ep->self.numbers);
 }
 
 /* Our side is shut down; the other may go on. A thread asleep in tcp_bpf_recvmsg takes the wake-up that
@@ -129,19 +139,32 @@ static __always_inline void on_state(struct bpf_sock_ops *ctx)
 {
 	__u32 state = CTX(args[1]);
 	struct bpf_sock *sk = ctx->sk;
-	struct numbers key;
 	struct endpoint *ep;
 
 	ep = sk ? bpf_sk_storage_get(&endpoints, sk, 0, 0) : 0;
 	if (!ep || !ep->role || ep->left)
 		return;
-	if (state == BPF_TCP_FIN_WAIT1 && (ep->peer || meet_server(ep)))
+	if (state == BPF_TCP_FIN_WAIT1 && (ep->peer.cookie || meet_server(ep)))
 		half_close(ctx, ep);
-	if (state != BPF_TCP_CLOSE || ep->role != UP_CLIENT)
+	if (state == BPF_TCP_CLOSE && ep->role == UP_CLIENT)
+		bpf_map_delete_elem(&handshakes, &ep->self.numbers); /* should its server not have come */
+}
+
+/* A socket that had a connection before, was disconnected and now connects or listens: native TCP has
+ * thrown away what it had not read, and so do we. */
+static __always_inline void start_afresh(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct endpoint *ep;
+	struct tcp_sock *tp;
+
+	ep = sk ? bpf_sk_storage_get(&endpoints, sk, 0, 0) : 0;
+	if (!ep || !ep->role)
 		return;
-	key.client_next = ep->client_next;
-	key.server_next = ep->server_next;
-	bpf_map_delete_elem(&handshakes, &key); /* should its server not have come */
+	tp = bpf_skc_to_tcp_sock(sk);
+	if (tp && !ep->left)
+		leave(ctx, ep, tp, UP_PEER_GONE);
+	__builtin_memset(ep, 0, sizeof(*ep));
 }
 
 static __always_inline void on_packet(struct bpf_sock_ops *ctx)

@@ -35,7 +35,11 @@ int up_handshake(struct bpf_sock_ops *ctx)
 	case BPF_SOCK_OPS_STATE_CB:
 		on_state(ctx);
 		break;
+	case BPF_SOCK_OPS_TCP_CONNECT_CB:
+		start_afresh(ctx);
+		break;
 	case BPF_SOCK_OPS_TCP_LISTEN_CB:
+		start_afresh(ctx);
 		on_listen(ctx);
 		break;
 	}
@@ -101,14 +105,14 @@ int up_list(struct bpf_iter__sockmap *ctx)
 SEC("iter/sockmap")
 int up_drain(struct bpf_iter__sockmap *ctx)
 {
-	const __u64 *at = ctx->key;
+	const struct key *at = ctx->key;
 	struct sock *sk = ctx->sk;
-	__u64 key;
+	struct key key;
 
 	if (!sk || !at)
 		return 0;
 	key = *at;
-	if (has_unread(sk) && !fault(UP_FAULT_DRAIN_UNREAD)) {
+	if ((has_unread(sk) || more_may_come(sk)) && !fault(UP_FAULT_DRAIN_UNREAD)) {
 		record(ctx, sk);
 		return 0;
 	}

@@ -22,6 +22,7 @@
 	X(CLOSING, "closing")                     /* one side has shut down: TCP gives the errors */      \
 	X(ULP, "ulp")                             /* kTLS or another upper layer protocol took a socket */ \
 	X(RCVLOWAT, "rcvlowat")                   /* the reader set SO_RCVLOWAT above 1 */                \
+	X(PEEK_OFF, "peek-off")                   /* the reader set SO_PEEK_OFF */                        \
 	X(PAUSED, "paused")                       /* `underpass pause` */                                 \
 	X(DRAINING, "draining")                   /* `underpass down` is under way */                     \
 	X(FORCED, "forced")                       /* a test asked for TCP */                              \

@@ -74,7 +74,7 @@ static __always_inline void release(struct bpf_iter__tcp *ctx)
 	set_flags(tp, flags);
 	if (ep->ticking)
 		STOP_TICKING(tp, ep);
-	if (ep->narrow == 1)
+	if (ep->narrow == 1 && tp->inet_conn.icsk_inet.sk.sk_sndbuf == 2 * NARROW_BUFFER)
 		bpf_setsockopt(tp, SOL_SOCKET, SO_SNDBUF, &wide, sizeof(wide));
 	lowat = tp->inet_conn.icsk_inet.sk.sk_rcvlowat;
 	if (tp->rcv_nxt != tp->copied_seq)
@@ -101,13 +101,24 @@ static __always_inline void fill(struct up_record *r, const struct sock *sk, con
 	r->cookie = BPF_CORE_READ(skc, skc_cookie.counter);
 	if (!ep)
 		return;
-	r->peer = ep->peer;
+	r->peer = ep->peer.cookie;
 	r->shortcut_bytes = ep->shortcut_bytes;
 	r->shortcut_messages = ep->shortcut_messages;
 	r->tcp_messages = ep->tcp_messages;
 	r->role = ep->role;
 	r->reason = ep->reason;
 	r->armed = ep->watched;
+}
+
+/* While draining: may a redirect that was decided before still be on its way to this socket? Only a
+ * thread that is inside tcp_bpf_sendmsg of its peer, and awake, can bring one. */
+static __always_inline bool more_may_come(struct sock *sk)
+{
+	struct endpoint *ep = bpf_sk_storage_get(&endpoints, sk, 0, 0);
+	const struct sock *peer = ep ? (const void *)ep->peer_sock : 0;
+
+	return peer && BPF_CORE_READ(peer, __sk_common.skc_cookie.counter) == (__s64)ep->peer.cookie &&
+	       psock_of(peer) && inside(peer) > sleepers(peer);
 }
 
 static __always_inline void record(struct bpf_iter__sockmap *ctx, struct sock *sk)

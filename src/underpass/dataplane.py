@@ -11,14 +11,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from underpass import abi, knobs, libbpf, namespaces, records
+from underpass import abi, knobs, libbpf, namespaces, pinning, records
 from underpass.errors import KernelError, NotLoaded, UnderpassError
 from underpass.model import (
     REFUSALS,
@@ -35,7 +34,6 @@ DEFAULT_PINS = namespaces.BPFFS / "underpass"
 OBJECT = Path(__file__).with_name("underpass.bpf.o")
 #: Redirects that were decided before the stop flag was seen are over after this many seconds.
 IN_FLIGHT_SECONDS = 1.5
-_LOCK_SECONDS = 60.0
 
 _MAPS = ("sockets", "control", "counters", "handshakes", "syns", "grants", "holders", "about")
 PROGRAMS = (
@@ -48,6 +46,8 @@ PROGRAMS = (
     "up_list",
     "up_drain",
 )
+#: BPF_MAP_TYPE_ARRAY, key and value size of the map `about`.
+_ABOUT_SIZES = (2, 4, ctypes.sizeof(abi.About))
 _HANDOFF_KEYS = {"handshakes": 8, "syns": 4}
 _LINK, _MAP_LINK = "link_handshake", "link_steer"
 _ZERO = ctypes.c_uint32(0)
@@ -82,21 +82,21 @@ def up(
     namespaces.check_node()
     cgroup = namespaces.check_cgroup(cgroup)
     namespaces.ensure_bpffs(pins)
-    with _locked(pins):
-        _remove(_scratch(pins))
+    with pinning.locked(pins):
+        pinning.remove(pinning.scratch(pins))
         if pins.exists():
             try:
                 with Dataplane.open(pins) as plane:
-                    changed = plane.revive(cgroup)
+                    if plane.attached:
+                        return plane.revive(cgroup)
+                    _replace(plane)
             except NotLoaded:
                 _remove_unused(pins)
-            else:
-                return changed
         about = knobs.about(cgroup, settings, faults, fionread_broken)
-        _load(_scratch(pins), about)
-        _scratch(pins).rename(pins)
+        _load(pinning.scratch(pins), about)
+        pinning.scratch(pins).rename(pins)
         with contextlib.ExitStack() as undo:
-            undo.callback(_remove, pins)
+            undo.callback(pinning.remove, pins)
             with Dataplane.open(pins) as plane:
                 plane.attach()  # live from here on
             undo.pop_all()
@@ -119,10 +119,10 @@ def down(
         The endpoints (text) that still hold unread bytes. They go on working; the generation
         stays pinned, in state ``draining``, until ``down`` is run again. Empty: all is gone.
     """
-    if not any(path.exists() for path in (pins, _scratch(pins), _lock(pins))):
+    if not any(path.exists() for path in (pins, pinning.scratch(pins), pinning.lock(pins))):
         return []
-    with _locked(pins):
-        _remove(_scratch(pins))
+    with pinning.locked(pins):
+        pinning.remove(pinning.scratch(pins))
         if not pins.exists():
             return []
         try:
@@ -133,8 +133,8 @@ def down(
         with plane:
             left = plane.drain(timeout, on_progress)
             if not left:
-                pins.rename(_scratch(pins))
-        _remove(_scratch(pins))
+                pins.rename(pinning.scratch(pins))
+        pinning.remove(pinning.scratch(pins))
     return left
 
 
@@ -155,17 +155,23 @@ class Dataplane:
             KernelError: it cannot be opened (no permission).
         """
         plane = cls(pins)
+        step = "use the underpass that loaded it, or remove it by hand if nothing uses it"
         try:
-            found = libbpf.lookup(plane._fd("about"), _ZERO, plane.about)
+            sizes = libbpf.map_sizes(plane._fd("about"))
         except KernelError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR):
                 raise NotLoaded(
                     "open", pins, "no generation is pinned there", "run `underpass up`"
                 ) from None
             raise
-        if not found or plane.about.abi != abi.ABI:
+        if sizes != _ABOUT_SIZES:  # before it is read: a larger value would not fit
+            raise UnderpassError("use", pins, "it is not a generation of this version", step)
+        libbpf.lookup(plane._fd("about"), _ZERO, plane.about)
+        if plane.about.abi != abi.ABI:
             cause = f"its ABI is {plane.about.abi}, this is {abi.ABI}"
-            raise UnderpassError("use", pins, cause, "use the underpass that loaded it")
+            raise UnderpassError("use", pins, cause, step)
+        if missing := [name for name in (*_MAPS, *PROGRAMS) if not (pins / name).exists()]:
+            raise UnderpassError("use", pins, f"its pin {missing[0]} is missing", step)
         return plane
 
     def __enter__(self) -> Dataplane:
@@ -206,6 +212,15 @@ class Dataplane:
     def version(self) -> str:
         """Version of the underpass that loaded it."""
         return str(self.about.version.decode())
+
+    @property
+    def attached(self) -> bool:
+        """False if the cgroup that it was attached to has gone, or another took its name."""
+        try:
+            number, _ = namespaces.cgroup_id_and_level(self.cgroup)
+        except (OSError, ValueError):
+            return False
+        return bool(number == self.about.knobs.cgroup_id)
 
     @property
     def state(self) -> str:
@@ -278,12 +293,14 @@ class Dataplane:
         """Send every message by TCP from now on, or let the shortcut be used again.
 
         Raises:
-            UnderpassError: the generation is draining.
+            UnderpassError: the generation is draining, or an ``up`` or ``down`` is at work.
         """
-        if self.state == "draining":
-            act = "pause" if paused else "resume"
-            raise UnderpassError(act, self.pins, "it is draining", "run `underpass down` to finish")
-        self._set_stop(Reason.PAUSED if paused else 0)
+        act = "pause" if paused else "resume"
+        with pinning.locked(self.pins, 1.0):
+            if self.state == "draining":
+                step = "run `underpass down` to finish"
+                raise UnderpassError(act, self.pins, "it is draining", step)
+            self._set_stop(Reason.PAUSED if paused else 0)
 
     def set_forced(self, share: float) -> None:
         """For tests: force about this share (0 to 1) of all messages onto TCP, at random."""
@@ -407,7 +424,7 @@ def _load(scratch: Path, about: abi.About) -> None:
             scratch.mkdir(mode=0o700)
         except OSError as error:
             raise KernelError("make", scratch, error.errno or 0, "check bpffs") from None
-        undo.callback(_remove, scratch)
+        undo.callback(pinning.remove, scratch)
         for name in _MAPS:
             libbpf.pin(loaded.map(name), scratch / name)
         for name in PROGRAMS:
@@ -431,21 +448,16 @@ def _attach_error(error: KernelError, cgroup: Path, fd: int) -> KernelError:
     return KernelError("attach sock_ops to", cgroup, error.errno, step, detail)
 
 
-def _scratch(pins: Path) -> Path:
-    return pins.with_name(f"{pins.name}-scratch")  # bpffs refuses names with a dot
+def _replace(plane: Dataplane) -> None:
+    """Drain and unpin a generation whose cgroup has gone.
 
-
-def _lock(pins: Path) -> Path:
-    return pins.with_name(f"{pins.name}-lock")
-
-
-def _remove(directory: Path) -> None:
-    """Unpin all that is in ``directory`` and remove it; nothing there is no error."""
-    if not directory.is_dir():
-        return
-    for entry in directory.iterdir():
-        entry.unlink()
-    directory.rmdir()
+    Raises:
+        UnderpassError: it holds endpoints with unread bytes.
+    """
+    if plane.drain(5.0, None):
+        cause = f"its cgroup {plane.cgroup} has gone, and endpoints still hold unread bytes"
+        raise UnderpassError("replace", plane.pins, cause, "run `underpass down`, then up again")
+    pinning.remove(plane.pins)
 
 
 def _remove_unused(pins: Path) -> None:
@@ -462,44 +474,4 @@ def _remove_unused(pins: Path) -> None:
         raise UnderpassError("clear", pins, f"{foreign[0]} in it is not of underpass", step)
     if _LINK in names:
         raise UnderpassError("clear", pins, "it is attached, but not described", step)
-    _remove(pins)
-
-
-@contextlib.contextmanager
-def _locked(pins: Path) -> Iterator[None]:
-    """One ``up`` or ``down`` at a time for ``pins``: a lock.
-
-    It is on a directory beside it, which goes with the last holder.
-    """
-    path = _lock(pins)
-    deadline = time.monotonic() + _LOCK_SECONDS
-    while True:
-        try:
-            path.mkdir(mode=0o700, exist_ok=True)
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue  # its last holder has just removed it
-        except OSError as error:
-            raise KernelError("lock", pins, error.errno or 0, "check bpffs") from None
-        with libbpf.Fd(fd):
-            if not _flock(fd):
-                if time.monotonic() > deadline:
-                    cause = "another up or down is at work on it"
-                    raise UnderpassError("lock", pins, cause, "try again when it has finished")
-                time.sleep(0.02)
-                continue
-            if not path.exists() or path.stat().st_ino != os.fstat(fd).st_ino:
-                continue  # removed before we had it
-            try:
-                yield
-            finally:
-                path.rmdir()
-            return
-
-
-def _flock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    pinning.remove(pins)

@@ -11,7 +11,7 @@ from pathlib import Path
 from underpass import dataplane, libbpf, namespaces, selftest
 from underpass.errors import UnderpassError, Unsupported
 
-_FLOOR = (5, 15)
+_FLOOR = (6, 1)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _node(pins: Path) -> Iterator[Check]:
     yield (
         Check("node", "kernel", "ok", release)
         if version >= _FLOOR
-        else Check("node", "kernel", "failed", f"{release} is older than 5.15", "upgrade", True)
+        else Check("node", "kernel", "failed", f"{release} is older than 6.1", "upgrade", True)
     )
     btf = Path("/sys/kernel/btf/vmlinux")
     yield (

@@ -9,6 +9,7 @@ import ctypes
 import errno
 import functools
 import os
+import struct
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -238,6 +239,17 @@ def get(path: Path) -> Fd:
     denied = -result in (errno.EPERM, errno.EACCES)
     step = "run as root" if denied else "run `underpass status`"
     return Fd(_check(result, "open pin", path, step))
+
+
+def map_sizes(fd: int) -> tuple[int, int, int]:
+    """Type (``enum bpf_map_type``), key size and value size in bytes of an open map."""
+    lib, _ = _library()
+    info = ctypes.create_string_buffer(256)
+    size = ctypes.c_uint32(len(info))
+    result = lib.bpf_obj_get_info_by_fd(fd, info, ctypes.byref(size))
+    _check(result, "ask about map", f"fd {fd}", "run `underpass doctor`")
+    kind, _, key, value = struct.unpack_from("=4I", info.raw)
+    return kind, key, value
 
 
 def lookup(

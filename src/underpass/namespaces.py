@@ -161,10 +161,8 @@ def net_namespaces() -> list[NetNamespace]:
     own = _inode("/proc/self/ns/net")
     if own == _inode("/proc/1/ns/net"):
         found[own] = NetNamespace(own, "/proc/self/ns/net", "host")
-    for entry in os.scandir("/proc"):
-        if not entry.name.isdigit():
-            continue
-        path = f"/proc/{entry.name}/ns/net"
+    for entry in Path("/proc").glob("[0-9]*/task/[0-9]*/ns/net"):
+        path = str(entry)
         inode = _inode(path)
         if inode and inode not in found:
             found[inode] = NetNamespace(inode, path, None)

@@ -29,6 +29,7 @@ def read(pins: Path) -> dict[str, Any]:
             "counters": _NOTHING,
             "open_pairs": 0,
             "capacity": 0,
+            "attached": False,
             "pins": str(pins),
         }
     with plane:
@@ -39,6 +40,7 @@ def read(pins: Path) -> dict[str, Any]:
             "counters": plane.counters(),
             "open_pairs": plane.open_pairs(),
             "capacity": plane.capacity,
+            "attached": plane.attached,
             "pins": str(pins),
         }
 
@@ -57,7 +59,8 @@ def status(pins: Path, as_json: bool) -> None:
     table.add_row("state", found["state"])
     if found["state"] != "absent":
         carried = output.size(counters.shortcut_bytes_total)
-        table.add_row("cgroup", found["cgroup"])
+        gone = "" if found["attached"] else "  (has gone: run `underpass up` again)"
+        table.add_row("cgroup", found["cgroup"] + gone)
         table.add_row("version", found["version"])
         table.add_row("open pairs", f"{found['open_pairs']} of {found['capacity']}")
         table.add_row("pairs so far", str(counters.pairs_total))

@@ -1,0 +1,72 @@
+"""A pin directory's life: the lock beside it, the scratch directory that it is made in, its end."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from underpass import libbpf
+from underpass.errors import KernelError, UnderpassError
+
+
+def scratch(pins: Path) -> Path:
+    """Where the pins are made before they are renamed."""
+    return pins.with_name(f"{pins.name}-scratch")  # bpffs refuses names with a dot
+
+
+def lock(pins: Path) -> Path:
+    """The directory that :func:`locked` locks."""
+    return pins.with_name(f"{pins.name}-lock")
+
+
+def remove(directory: Path) -> None:
+    """Unpin all that is in ``directory`` and remove it; nothing there is no error."""
+    if not directory.is_dir():
+        return
+    for entry in directory.iterdir():
+        entry.unlink()
+    directory.rmdir()
+
+
+@contextlib.contextmanager
+def locked(pins: Path, seconds: float = 60.0) -> Iterator[None]:
+    """One ``up`` or ``down`` at a time for ``pins``: a lock.
+
+    It is on a directory beside it, which goes with the last holder.
+    """
+    path = lock(pins)
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            path.mkdir(mode=0o700, exist_ok=True)
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # its last holder has just removed it
+        except OSError as error:
+            raise KernelError("lock", pins, error.errno or 0, "check bpffs") from None
+        with libbpf.Fd(fd):
+            if not _flock(fd):
+                if time.monotonic() > deadline:
+                    cause = "another up or down is at work on it"
+                    raise UnderpassError("lock", pins, cause, "try again when it has finished")
+                time.sleep(0.02)
+                continue
+            if not path.exists() or path.stat().st_ino != os.fstat(fd).st_ino:
+                continue  # removed before we had it
+            try:
+                yield
+            finally:
+                path.rmdir()
+            return
+
+
+def _flock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
