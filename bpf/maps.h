@@ -47,7 +47,7 @@ struct endpoint {
 	__u8 watched; /* listener: this generation set the SYN-ACK callback */
 	__u8 ticking; /* the keepalive timer runs for us; 2 = the program had it on itself */
 	__u8 left;    /* it was in the map and is not any more */
-	__u8 held;    /* the last verdicts were over budget: TCP holds the sender */
+	__u8 held;    /* over budget with many bytes unread: TCP shall hold the sender tightly */
 	__u8 narrow;  /* its send buffer is: 1 = narrow, 2 = wide again, by us; 0 = untouched */
 	__u8 pad[7];
 };

@@ -137,8 +137,10 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 		return UP_READER_WAITS;
 	if (!fault(UP_FAULT_NO_BUDGET)) {
 		reason = over_budget(ep, tp, r.unread, msg->size);
-		if (reason != UP_SHORTCUT)
+		if (reason != UP_SHORTCUT) {
+			ep->held = r.unread >= knobs.shallow_bytes;
 			return reason;
+		}
 	}
 	if (bpf_msg_redirect_hash(msg, &sockets, &ep->peer, BPF_F_INGRESS) != SK_PASS)
 		return UP_PEER_GONE;
@@ -169,8 +171,6 @@ static __always_inline int steer(struct sk_msg_md *msg)
 		ep->newer++;
 	} else {
 		ep->tcp_messages++;
-		if (reason >= UP_BUDGET_BYTES && reason <= UP_NODE_MEMORY)
-			ep->held = 1;
 		if (reason == UP_PEER_GONE && !ep->leave) {
 			ep->gone_at = bpf_ktime_get_ns();
 			ep->leave = 2;

@@ -18,7 +18,7 @@
 #define PATIENCE_NS 150000000ull /* shorter than the shortest probe interval, 200 ms */
 #define FIRST_READ 512           /* a first message up to this is read in one go */
 #define KEEP_MOST 127
-#define NARROW_BUFFER (32 << 10)
+#define NARROW_BUFFER (128 << 10) /* four loopback segments: fewer would wait for delayed ACKs */
 #define WIDE_BUFFER (4 << 20) /* the kernel takes at most net.core.wmem_max */
 #define SOCK_SNDBUF_LOCK 1
 

@@ -131,6 +131,7 @@ def down(
             _remove_unused(pins)
             return []
         with plane:
+            _refuse_foreign(pins)
             left = plane.drain(timeout, on_progress)
             if not left:
                 pins.rename(pinning.scratch(pins))
@@ -469,9 +470,14 @@ def _remove_unused(pins: Path) -> None:
     step = f"name another pin directory, or remove {pins} by hand"
     if not pins.is_dir():
         raise UnderpassError("use", pins, "it is not a directory", step)
-    names = {entry.name for entry in pins.iterdir()}
-    if foreign := sorted(names.difference(_MAPS, PROGRAMS, (_LINK, _MAP_LINK))):
-        raise UnderpassError("clear", pins, f"{foreign[0]} in it is not of underpass", step)
-    if _LINK in names:
+    _refuse_foreign(pins)
+    if (pins / _LINK).exists():
         raise UnderpassError("clear", pins, "it is attached, but not described", step)
     pinning.remove(pins)
+
+
+def _refuse_foreign(pins: Path) -> None:
+    names = {entry.name for entry in pins.iterdir()}
+    if foreign := sorted(names.difference(_MAPS, PROGRAMS, (_LINK, _MAP_LINK))):
+        cause, step = f"{foreign[0]} in it is not of underpass", f"move {pins / foreign[0]} away"
+        raise UnderpassError("clear", pins, cause, step)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.apps.programs import find, serve
+from tests.apps.nginx import start
 from tests.kernel.bed import CLIENT4, SERVER4, Bed
 from tests.kernel.content import content
 from tests.kernel.fixtures import MakePlane
@@ -18,31 +18,11 @@ SIZES = (10, 3000, 64 * 1024, 1_500_000)
 _CLIENTS = 8
 _REQUESTS = 60
 
-CONFIG = """
-daemon off;
-worker_processes 2;
-pid {directory}/{name}.pid;
-error_log {directory}/{name}.error;
-events {{ worker_connections 512; }}
-http {{
-  access_log off;
-  sendfile {sendfile};
-  tcp_nopush on;
-  keepalive_requests 100000;
-  client_max_body_size 10m;
-  client_body_temp_path {directory}/{name}.body;
-  proxy_temp_path {directory}/{name}.proxy;
-  fastcgi_temp_path {directory}/{name}.fastcgi;
-  uwsgi_temp_path {directory}/{name}.uwsgi;
-  scgi_temp_path {directory}/{name}.scgi;
-  {http}
-}}
-"""
-FILES = "server {{ listen {port}; location / {{ root {directory}/files; }} }}"
-PROXY = """
-upstream files {{ server {server}:{port}; keepalive 16; }}
+FILES = f"server {{ listen {PORT}; location / {{ root files; }} }}"
+PROXY = f"""
+upstream files {{ server {SERVER4}:{PORT}; keepalive 16; }}
 server {{
-  listen {proxy_port};
+  listen {PROXY_PORT};
   location / {{
     proxy_pass http://files;
     proxy_http_version 1.1;
@@ -50,20 +30,6 @@ server {{
   }}
 }}
 """
-
-
-def _start(
-    bed: Bed, where: str, directory: Path, http: str, port: int, sendfile: str = "on"
-) -> None:
-    nginx = find("nginx", "nginx-light")
-    name = f"nginx-{where}-{port}"
-    directory.chmod(0o755)
-    filled = http.format(directory=directory, port=PORT, proxy_port=PROXY_PORT, server=SERVER4)
-    config = directory / f"{name}.conf"
-    text = CONFIG.format(directory=directory, name=name, sendfile=sendfile, http=filled)
-    config.write_text(f"user root;\n{text}")
-    words = [nginx, "-c", str(config), "-p", str(directory), "-e", str(directory / "nginx.error")]
-    serve(bed, where, port, words, directory / f"{name}.log")
 
 
 def _write_files(directory: Path) -> None:
@@ -80,7 +46,7 @@ def test_nginx_bodies_are_right(
     """Claim: files of every size arrive whole and right, by the shortcut."""
     underpass = plane()
     _write_files(tmp_path)
-    _start(bed, "server", tmp_path, FILES, PORT, sendfile)
+    start(bed, "server", tmp_path, FILES, PORT, sendfile)
     before = underpass.counters().shortcut_bytes_total
     checked = bed.worker("client").call(_fetch_all, SERVER4, PORT, keepalive=keepalive)
     assert underpass.counters().shortcut_bytes_total - before > checked // 2
@@ -90,8 +56,8 @@ def test_nginx_to_nginx_is_right(bed: Bed, plane: MakePlane, tmp_path: Path) -> 
     """Claim: through a proxying nginx in another namespace all bodies are right; both legs pair."""
     underpass = plane()
     _write_files(tmp_path)
-    _start(bed, "server", tmp_path, FILES, PORT)
-    _start(bed, "client", tmp_path, PROXY, PROXY_PORT)
+    start(bed, "server", tmp_path, FILES, PORT)
+    start(bed, "client", tmp_path, PROXY, PROXY_PORT)
     before = underpass.counters().shortcut_bytes_total
     checked = bed.worker("server").call(_fetch_all, CLIENT4, PROXY_PORT, keepalive=True)
     assert underpass.counters().shortcut_bytes_total - before > checked

@@ -14,10 +14,12 @@ from tests.kernel.waiting import wait_until
 
 _BPF = {"x86_64": 321, "aarch64": 280}.get(platform.machine(), 280)
 _PROG_GET_FD_BY_ID, _MAP_GET_FD_BY_ID, _LINK_GET_FD_BY_ID = 13, 14, 30
+_MAP_CREATE, _OBJ_PIN = 0, 6
 _PROG_LOAD, _OBJ_GET, _PROG_ATTACH, _PROG_QUERY = 5, 7, 8, 16
 _CGROUP_SOCK_OPS = 3
 _TYPE_SOCK_OPS = 13
 _ALLOW_MULTI = 2
+_ARRAY = 2
 _GETTERS = {"prog": _PROG_GET_FD_BY_ID, "map": _MAP_GET_FD_BY_ID, "link": _LINK_GET_FD_BY_ID}
 
 
@@ -40,18 +42,21 @@ class Object:
 
 def pinned(directory: Path) -> set[Object]:
     """Every object pinned under `directory`, with the programs that pinned links attach."""
+    paths = [path for path in directory.rglob("*") if not path.is_dir()]
+    return {found for path in paths for found in pinned_at(path)}
+
+
+def pinned_at(path: Path) -> set[Object]:
+    """The object pinned at `path`; of a link also the program that it attaches."""
     found = set()
-    for path in sorted(directory.rglob("*")):
-        if path.is_dir():
-            continue
-        name = ctypes.create_string_buffer(os.fsencode(path))
-        attributes = ctypes.create_string_buffer(ctypes.addressof(name).to_bytes(8, "little"), 128)
-        descriptor = _bpf(_OBJ_GET, attributes)
-        for line in Path(f"/proc/self/fdinfo/{descriptor}").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key in ("prog_id", "map_id", "link_id"):
-                found.add(Object(key.removesuffix("_id"), int(value)))
-        os.close(descriptor)
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    attributes = ctypes.create_string_buffer(ctypes.addressof(name).to_bytes(8, "little"), 128)
+    descriptor = _bpf(_OBJ_GET, attributes)
+    for line in Path(f"/proc/self/fdinfo/{descriptor}").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key in ("prog_id", "map_id", "link_id"):
+            found.add(Object(key.removesuffix("_id"), int(value)))
+    os.close(descriptor)
     return found
 
 
@@ -100,6 +105,19 @@ def attach_foreign_sock_ops(cgroup: Path, *, shared: bool) -> int:
         os.close(target)
         os.close(program)
     raise AssertionError("a program without an id")
+
+
+def pin_foreign_map(path: Path, value_size: int) -> set[Object]:
+    """Pin an array map of one element of `value_size` bytes, as another product would."""
+    create = struct.pack("=IIII", _ARRAY, 4, value_size, 1)
+    descriptor = _bpf(_MAP_CREATE, ctypes.create_string_buffer(create, 128))
+    try:
+        name = ctypes.create_string_buffer(os.fsencode(path))
+        pin = struct.pack("=QI", ctypes.addressof(name), descriptor)
+        _bpf(_OBJ_PIN, ctypes.create_string_buffer(pin, 128))
+    finally:
+        os.close(descriptor)
+    return pinned_at(path)
 
 
 def _bpf(command: int, attributes: ctypes.Array[ctypes.c_char]) -> int:

@@ -101,9 +101,17 @@ class Remote:
         """Disconnect (connect to AF_UNSPEC) and connect to `to`; its streams begin anew."""
         self.worker.call(_connect_again, self.number, to)
 
-    def set_option(self, level: int, option: int, value: bytes) -> None:
+    def listen_again(self) -> None:
+        """Disconnect (connect to AF_UNSPEC) and listen on the port that it was bound to."""
+        self.worker.call(_listen_again, self.number)
+
+    def set_option(self, level: int, option: int, value: bytes | int) -> None:
         """Call setsockopt."""
         self.worker.call(_set_option, self.number, level, option, value)
+
+    def option(self, level: int, option: int) -> int:
+        """Call getsockopt for a number."""
+        return self.worker.call(_option, self.number, level, option)
 
     def shut(self) -> None:
         """Half-close: shutdown(SHUT_WR)."""
@@ -125,11 +133,11 @@ def listen(
     reuse_port: bool = False,
     fast_open: bool = False,
     protocol: int = socket.IPPROTO_TCP,
+    backlog: int = 1024,
 ) -> Remote:
     """Open a listening socket in the worker; "::" takes IPv4 too."""
-    number = worker.call(
-        _listen, address, reuse_port=reuse_port, fast_open=fast_open, protocol=protocol
-    )
+    options = {"reuse_port": reuse_port, "fast_open": fast_open}
+    number = worker.call(_listen, address, protocol=protocol, backlog=backlog, **options)
     return Remote(worker, number)
 
 
@@ -150,6 +158,11 @@ def connect(
         _connect, to, source, deferred=deferred, fast_open=fast_open, protocol=protocol
     )
     return Remote(worker, number)
+
+
+def begin_connect(worker: Worker, to: Address) -> Remote:
+    """Send a SYN to `to` and do not wait for its answer; the socket blocks again afterwards."""
+    return Remote(worker, worker.call(_begin_connect, to))
 
 
 def accept_any(listeners: list[Remote]) -> Remote:
@@ -204,7 +217,9 @@ def _keep(sock: socket.socket) -> int:
     return sock.fileno()
 
 
-def _listen(address: Address, *, reuse_port: bool, fast_open: bool, protocol: int) -> int:
+def _listen(
+    address: Address, *, reuse_port: bool, fast_open: bool, protocol: int, backlog: int = 1024
+) -> int:
     listener = socket.socket(family_of(address[0]), socket.SOCK_STREAM, protocol)
     if fast_open:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, 16)
@@ -214,7 +229,7 @@ def _listen(address: Address, *, reuse_port: bool, fast_open: bool, protocol: in
     if listener.family == socket.AF_INET6:
         listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     listener.bind(address)
-    listener.listen(1024)
+    listener.listen(backlog)
     return _keep(listener)
 
 
@@ -241,7 +256,17 @@ def _connect(
     return number
 
 
-def _connect_again(number: int, to: Address) -> None:
+def _begin_connect(to: Address) -> int:
+    sock = socket.socket(family_of(to[0]), socket.SOCK_STREAM)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        sock.connect(to)
+    sock.setblocking(True)
+    return _keep(sock)
+
+
+def _disconnect(number: int) -> socket.socket:
     sock = _SOCKETS[number]
     nowhere = struct.pack("=H14x", socket.AF_UNSPEC)
     libc = ctypes.CDLL(None, use_errno=True)
@@ -249,11 +274,23 @@ def _connect_again(number: int, to: Address) -> None:
         raise OSError(ctypes.get_errno(), "disconnect")
     for state in (_SENT, _SINKS):
         state.pop(number, None)
-    sock.connect(to)
+    return sock
 
 
-def _set_option(number: int, level: int, option: int, value: bytes) -> None:
+def _connect_again(number: int, to: Address) -> None:
+    _disconnect(number).connect(to)
+
+
+def _listen_again(number: int) -> None:
+    _disconnect(number).listen()
+
+
+def _set_option(number: int, level: int, option: int, value: bytes | int) -> None:
     _SOCKETS[number].setsockopt(level, option, value)
+
+
+def _option(number: int, level: int, option: int) -> int:
+    return _SOCKETS[number].getsockopt(level, option)
 
 
 def _accept(number: int) -> int:
