@@ -38,6 +38,11 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
+def inside(namespace: str) -> tuple[str, ...]:
+    """Words that run a command in a namespace; `ip -n` would remount /, which a chroot forbids."""
+    return ("nsenter", f"--net=/run/netns/{namespace}")
+
+
 def cgroup2() -> Path:
     """Where cgroup v2 is mounted."""
     for line in Path("/proc/mounts").read_text().splitlines():
@@ -78,7 +83,7 @@ class Bed:
 
     def within(self, where: str, *command: str) -> str:
         """Run a set-up command inside the namespace `where`."""
-        return run("ip", "netns", "exec", self.netns[where], *command)
+        return run(*inside(self.netns[where]), *command)
 
     def add_netns(self, where: str) -> None:
         """Add a namespace with only its loopback, reached by no other."""
@@ -123,16 +128,16 @@ def _join(bed: Bed, where: str, address4: str, address6: str) -> None:
     """Plug the namespace into the router's bridge, as a pod is into its node's."""
     namespace, router = bed.netns[where], bed.netns["router"]
     port = f"port-{where}"
-    veth = ("ip", "-n", router, "link", "add", port, "type", "veth", "peer", "name", "eth0")
+    veth = (*inside(router), "ip", "link", "add", port, "type", "veth", "peer", "name", "eth0")
     run(*veth, "netns", namespace)
-    run("ip", "-n", router, "link", "set", port, "master", "br0")
+    run(*inside(router), "ip", "link", "set", port, "master", "br0")
     # where bridges call iptables, a hairpin connection leaves by the port it came from
-    run("ip", "-n", router, "link", "set", port, "type", "bridge_slave", "hairpin", "on")
-    run("ip", "-n", router, "link", "set", port, "up")
-    run("ip", "-n", namespace, "addr", "add", f"{address4}/24", "dev", "eth0")
-    run("ip", "-n", namespace, "addr", "add", f"{address6}/64", "dev", "eth0", "nodad")
-    run("ip", "-n", namespace, "link", "set", "eth0", "up")
-    run("ip", "-n", namespace, "route", "add", "default", "via", ROUTER4)
+    run(*inside(router), "ip", "link", "set", port, "type", "bridge_slave", "hairpin", "on")
+    run(*inside(router), "ip", "link", "set", port, "up")
+    run(*inside(namespace), "ip", "addr", "add", f"{address4}/24", "dev", "eth0")
+    run(*inside(namespace), "ip", "addr", "add", f"{address6}/64", "dev", "eth0", "nodad")
+    run(*inside(namespace), "ip", "link", "set", "eth0", "up")
+    run(*inside(namespace), "ip", "route", "add", "default", "via", ROUTER4)
 
 
 def mount_bpffs() -> None:
