@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import ipaddress
 
 import pytest
@@ -124,7 +125,7 @@ def test_an_address_that_nobody_here_holds_does_not_pair(bed: Bed, plane: MakePl
     rule = f"-p tcp --dport {PORT} -j SNAT --to-source {foreign}"
     bed.within("router", "iptables", "-t", "nat", "-A", "POSTROUTING", *rule.split())
     _redirect(bed, "router", "PREROUTING", f"{SERVER4}:{PORT}")
-    link = bed.within("router", "cat", "/sys/class/net/br0/address").strip()
+    link = json.loads(bed.within("router", "ip", "-j", "link", "show", "br0"))[0]["address"]
     bed.within("server", "ip", "neigh", "add", foreign, "lladdr", link, "dev", "eth0")
     underpass = plane()
     workers = bed.worker("client"), bed.worker("server")
