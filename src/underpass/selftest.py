@@ -277,7 +277,7 @@ _TESTS: tuple[tuple[str, bool, _Test], ...] = (
 #: What it means that a test which is not vital fails.
 _CONSEQUENCES: dict[_Test, str] = {
     _fionread_tcp: "pairs that begin with a large message by TCP leave the map; a reader that "
-    "trusts FIONREAD may pause up to 1 s when its sender falls back to TCP",
+    "trusts FIONREAD may pause 1 to 2 s when its sender falls back to TCP",
     _fionread_shortcut: "programs that ask FIONREAD see 0 while shortcut bytes wait",
     _pairs_ipv6: "IPv6 connections stay on TCP",
 }
