@@ -78,7 +78,7 @@ struct inet_sock { struct sock sk; };
 struct inet_connection_sock { struct inet_sock icsk_inet; const void *icsk_ulp_ops; };
 struct tcp_sock {
 	struct inet_connection_sock inet_conn;
-	__u32 copied_seq, rcv_nxt, write_seq;
+	__u32 copied_seq, rcv_nxt, write_seq, snd_una;
 	__u8 bpf_sock_ops_cb_flags;
 };
 struct sk_psock { struct list_head ingress_msg; refcount_t refcnt; };

@@ -27,6 +27,7 @@ struct key {
 struct endpoint {
 	struct key self;
 	struct key peer; /* cookie 0 = not paired */
+	struct numbers numbers; /* of its handshake */
 	__u64 peer_sock; /* kernel address, only ever read through look() */
 	__u64 shortcut_bytes;
 	__u64 shortcut_messages;

@@ -124,7 +124,9 @@ static __always_inline struct endpoint *enter(struct bpf_sock_ops *ctx, __u8 rol
 		return 0;
 	__builtin_memset(ep, 0, sizeof(*ep)); /* the socket may have had a connection before */
 	ep->self.cookie = bpf_get_socket_cookie(ctx);
-	ep->self.numbers = numbers;
+	ep->self.numbers = ep->numbers = numbers;
+	if (fault(UP_FAULT_STALE_PEER))
+		ep->self = (struct key){(__u64)bpf_skc_to_tcp_sock(sk), {}};
 	error = bpf_sock_hash_update(ctx, &sockets, &ep->self, BPF_NOEXIST);
 	if (error) {
 		*why = ep->reason = why_not_inserted(error); /* kept for `explain` */
@@ -275,7 +277,7 @@ static __always_inline enum up_reason pair_server(struct bpf_sock_ops *ctx)
 	}
 	ep->peer_sock = shake->client_sock;
 	ep->peer.cookie = shake->client;
-	ep->peer.numbers = key;
+	ep->peer.numbers = fault(UP_FAULT_STALE_PEER) ? (struct numbers){} : key;
 	ep->redirect_seq = snd;
 	ep->ask = shake->early != 0;
 	shake->server_sock = (__u64)bpf_skc_to_tcp_sock(sk);
@@ -305,7 +307,7 @@ static __always_inline bool meet_server(struct endpoint *ep)
 
 	if (ep->role != UP_CLIENT)
 		return false;
-	shake = bpf_map_lookup_elem(&handshakes, &ep->self.numbers);
+	shake = bpf_map_lookup_elem(&handshakes, &ep->numbers);
 	if (!shake)
 		return false;
 	if (shake->refused) {
@@ -319,9 +321,9 @@ static __always_inline bool meet_server(struct endpoint *ep)
 	if (!server || !sock || *(volatile __u64 *)&shake->client != ep->self.cookie)
 		return false;
 	ep->peer_sock = sock;
-	ep->peer.numbers = ep->self.numbers;
+	ep->peer.numbers = ep->self.numbers; /* the same two at both ends */
 	ep->peer.cookie = server;
-	bpf_map_delete_elem(&handshakes, &ep->self.numbers);
+	bpf_map_delete_elem(&handshakes, &ep->numbers);
 	return true;
 }
 

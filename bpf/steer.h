@@ -91,6 +91,21 @@ static __always_inline enum up_reason over_budget(struct endpoint *ep, const str
 	return memory_short(tp) ? UP_NODE_MEMORY : UP_SHORTCUT;
 }
 
+/* The gate: has the reader consumed all that ever went by TCP? */
+static __always_inline bool all_consumed(const struct endpoint *ep, const struct tcp_sock *tp,
+					 const struct reader *r)
+{
+	__u32 written = tp->write_seq;
+
+	if (fault(UP_FAULT_NO_GATE | UP_FAULT_ADDRESS_KEYS))
+		return true;
+	if (fault(UP_FAULT_ACKED_GATE))
+		return tp->snd_una == written;
+	if (fault(UP_FAULT_STALE_PEER) && ep->redirect_seq == written)
+		return true; /* it was open, and we have sent nothing by TCP since */
+	return r->copied_seq == written;
+}
+
 static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_sock *sk,
 					     struct endpoint *ep)
 {
@@ -113,7 +128,7 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 	if (!tp)
 		return UP_NO_STATE;
 	look(ep->peer_sock, &r);
-	if (r.cookie != ep->peer.cookie)
+	if (r.cookie != ep->peer.cookie && !fault(UP_FAULT_STALE_PEER))
 		return UP_PEER_GONE;
 	if (r.shutdown) /* one that has shut down its own side leaves the map: see half_close() */
 		return UP_CLOSING;
@@ -128,7 +143,7 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 		return UP_PEEK_OFF;
 	if (ctl->forced && (bpf_get_prandom_u32() & 0xffff) < ctl->forced)
 		return UP_FORCED;
-	if (r.copied_seq != tp->write_seq && !fault(UP_FAULT_NO_GATE | UP_FAULT_ADDRESS_KEYS))
+	if (!all_consumed(ep, tp, &r))
 		return UP_TCP_UNREAD;
 	if (ep->redirect_seq != tp->write_seq)
 		ep->ask = 1;

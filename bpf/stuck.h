@@ -92,11 +92,11 @@ static __always_inline void leave(struct bpf_sock_ops *ctx, struct endpoint *ep,
 	int lowat = 0;
 
 	if (ep->role == UP_SERVER) {
-		shake = bpf_map_lookup_elem(&handshakes, &ep->self.numbers);
+		shake = bpf_map_lookup_elem(&handshakes, &ep->numbers);
 		if (shake)
 			shake->refused = reason;
 	} else {
-		bpf_map_delete_elem(&handshakes, &ep->self.numbers);
+		bpf_map_delete_elem(&handshakes, &ep->numbers);
 	}
 	bpf_map_delete_elem(&sockets, &ep->self);
 	ep->left = 1;
@@ -113,7 +113,7 @@ static __always_inline void leave(struct bpf_sock_ops *ctx, struct endpoint *ep,
 /* The client has spoken by TCP and knows of no server yet, so it has redirected nothing to us. */
 static __always_inline bool tcp_came_first(const struct endpoint *ep)
 {
-	return ep->role == UP_SERVER && bpf_map_lookup_elem(&handshakes, &ep->self.numbers);
+	return ep->role == UP_SERVER && bpf_map_lookup_elem(&handshakes, &ep->numbers);
 }
 
 /* Our side is shut down; the other may go on. A thread asleep in tcp_bpf_recvmsg takes the wake-up that
@@ -147,7 +147,7 @@ static __always_inline void on_state(struct bpf_sock_ops *ctx)
 	if (state == BPF_TCP_FIN_WAIT1 && (ep->peer.cookie || meet_server(ep)))
 		half_close(ctx, ep);
 	if (state == BPF_TCP_CLOSE && ep->role == UP_CLIENT)
-		bpf_map_delete_elem(&handshakes, &ep->self.numbers); /* should its server not have come */
+		bpf_map_delete_elem(&handshakes, &ep->numbers); /* should its server not have come */
 }
 
 /* A socket that had a connection before, was disconnected and now connects or listens: native TCP has

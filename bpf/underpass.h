@@ -57,6 +57,8 @@ enum up_fault {
 	UP_FAULT_DRAIN_UNREAD = 1 << 4, /* drain: delete endpoints that hold unread bytes */
 	UP_FAULT_SK_DROP = 1 << 5,      /* rule 5: answer a doubt with SK_DROP */
 	UP_FAULT_BLIND_READER = 1 << 6, /* rule 2: do not look for readers asleep in native recv */
+	UP_FAULT_ACKED_GATE = 1 << 7,   /* rule 2: take "acknowledged" for "consumed" */
+	UP_FAULT_STALE_PEER = 1 << 8,   /* rule 1: a socket is its address in memory, whoever has it now */
 };
 
 enum up_role { UP_CLIENT = 1, UP_SERVER = 2 };

@@ -78,6 +78,8 @@ class Fault(enum.IntFlag):
     DRAIN_UNREAD = 1 << 4
     SK_DROP = 1 << 5
     BLIND_READER = 1 << 6
+    ACKED_GATE = 1 << 7
+    STALE_PEER = 1 << 8
 
 
 @dataclass(frozen=True)
