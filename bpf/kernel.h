@@ -34,13 +34,27 @@ typedef struct { __s64 counter; } atomic64_t;
 typedef struct { atomic_t refs; } refcount_t;
 
 struct list_head { struct list_head *next, *prev; };
+struct timespec64 { __s64 tv_sec; };
+struct inode { __u16 i_mode; unsigned long i_ino; __s64 i_size, i_mtime_sec; };
+struct inode___v67 { struct timespec64 __i_mtime; };
+struct inode___v61 { struct timespec64 i_mtime; };
+struct qstr { const unsigned char *name; };
+struct dentry { struct qstr d_name; };
+struct path { struct dentry *dentry; };
+struct file { struct inode *f_inode; struct path f_path; void *private_data; };
+struct fdtable { unsigned int max_fds; struct file **fd; };
+struct files_struct { struct fdtable *fdt; };
+struct mm_struct { unsigned long arg_start, arg_end; struct file *exe_file; };
+struct task_struct { struct mm_struct *mm; struct files_struct *files; };
+struct pt_regs___x86 { unsigned long di, dx, r10; };
+struct pt_regs___arm64 { __u64 regs[31]; __u64 orig_x0; };
 struct in6_addr { union { __u8 u6_addr8[16]; __u32 u6_addr32[4]; } in6_u; };
 struct kernfs_node { __u64 id; };
 struct cgroup { struct kernfs_node *kn; int level; struct cgroup *ancestors[]; };
 struct sock_cgroup_data { struct cgroup *cgroup; };
 
 struct ns_common { const void *ops; unsigned int inum; };
-struct net { struct list_head list; struct ns_common ns; struct list_head dev_base_head; };
+struct net { struct list_head list; struct ns_common ns; struct list_head dev_base_head; __u64 net_cookie; };
 typedef struct { struct net *net; } possible_net_t;
 struct net_device { struct list_head dev_list; struct in_device *ip_ptr; struct inet6_dev *ip6_ptr; };
 struct in_device { struct in_ifaddr *ifa_list; };
@@ -58,11 +72,13 @@ struct sock_common {
 	possible_net_t skc_net;
 	struct in6_addr skc_v6_daddr, skc_v6_rcv_saddr;
 	atomic64_t skc_cookie;
+	unsigned long skc_flags;
 };
 typedef struct { int owned; } socket_lock_t;
 struct wait_queue_entry { void *func; struct list_head entry; };
 struct wait_queue_head { struct list_head head; };
 struct socket_wq { struct wait_queue_head wait; };
+struct socket { struct file *file; struct sock *sk; };
 struct sock {
 	struct sock_common __sk_common;
 	struct { atomic_t rmem_alloc; } sk_backlog;
@@ -71,6 +87,8 @@ struct sock {
 	int sk_rcvlowat, sk_sndbuf, sk_peek_off;
 	__u8 sk_shutdown;
 	__u8 sk_userlocks;
+	__u16 sk_protocol;
+	struct socket *sk_socket;
 	void *sk_user_data;
 	struct sock_cgroup_data sk_cgrp_data;
 };
@@ -80,7 +98,10 @@ struct tcp_sock {
 	struct inet_connection_sock inet_conn;
 	__u32 copied_seq, rcv_nxt, write_seq, snd_una;
 	__u8 bpf_sock_ops_cb_flags;
+	__u8 is_mptcp;
 };
+/* Only where its bit stands counts: it moves between kernels. */
+enum sock_flags { SOCK_ZEROCOPY = 1 };
 struct sk_psock { struct list_head ingress_msg; refcount_t refcnt; };
 
 struct seq_file;

@@ -35,7 +35,10 @@ struct endpoint {
 	__u64 mark;  /* value of shortcut_bytes when `newer` began to count */
 	__u32 newer; /* messages since the mark */
 	__u32 older; /* messages between the mark before and the mark */
-	__u64 gone_at;     /* ns: when the peer was first missed */
+	__u64 program;      /* key of the program that connected or listens, 0 = unknown */
+	__u64 peer_program;
+	__u64 epoch;       /* state of the news at the last look at the verdicts */
+	__u64 gone_at;     /* ns: when the peer was first missed, or it was found guarded */
 	__u64 seen_at;     /* ns: since when the TCP bytes before `seen_end` wait, none redirected ahead */
 	__u32 seen_end;
 	int keep_idle, keep_interval, keep_count; /* what TCP_KEEPIDLE and so on were before we ticked */
@@ -44,13 +47,15 @@ struct endpoint {
 	__u8 role;
 	__u8 reason;  /* of the last message, or of the refusal */
 	__u8 ask;     /* the reader may have gone to sleep before it entered the map */
-	__u8 leave;   /* 1 = the other end will never come, 2 = it has left: sock_ops takes us out, too */
+	__u8 leave;   /* reason for which sock_ops shall take it out of the map; 0 = none */
 	__u8 watched; /* listener: this generation set the SYN-ACK callback */
 	__u8 ticking; /* the keepalive timer runs for us; 2 = the program had it on itself */
 	__u8 left;    /* it was in the map and is not any more */
 	__u8 held;    /* over budget with many bytes unread: TCP shall hold the sender tightly */
 	__u8 narrow;  /* its send buffer is: 1 = narrow, 2 = wide again, by us; 0 = untouched */
-	__u8 pad[7];
+	__u8 observed; /* not in the map: its packets show that its program runs */
+	__u8 guarded; /* a sign was seen at one of the ends: TCP from now on, and out of the map */
+	__u8 pad[5];
 };
 
 /* Written by sock_ops. Full: the connection stays on TCP (map-full). Entries go when a socket closes. */
@@ -105,8 +110,11 @@ struct handshake {
 	__u64 server_sock;
 	__u64 server;        /* written last; 0 = not yet */
 	__u32 ambiguous;
-	__u32 refused;       /* enum up_reason: the server's socket could not enter */
-	__u64 early;         /* a thread slept on the client's socket before it entered */
+	__u32 refused;       /* enum up_reason: why this does not become a pair */
+	__u32 early;         /* a thread slept on the client's socket before it entered */
+	__u32 outside;       /* the client did not enter the map: nobody waits for the answer */
+	__u64 client_program;
+	__u64 server_program;
 };
 
 /* A client that waits to learn its server. Written by both ESTABLISHED callbacks, deleted by the
@@ -159,6 +167,14 @@ struct {
 	__type(value, struct up_counters);
 } counters SEC(".maps");
 
+/* Totals of the generations that this one has replaced. Written and read by user space only. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct up_counters);
+} inherited SEC(".maps");
+
 /* Written and read by user space only. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -167,13 +183,27 @@ struct {
 	__type(value, struct up_about);
 } about SEC(".maps");
 
+static __always_inline struct up_control *controls(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&control, &zero);
+}
+
 /* `down` is under way: no new pairs. */
 static __always_inline bool draining(void)
 {
-	__u32 zero = 0;
-	struct up_control *ctl = bpf_map_lookup_elem(&control, &zero);
+	struct up_control *ctl = controls();
 
 	return !ctl || ctl->stop == UP_DRAINING;
+}
+
+/* Another generation is in charge: this one takes in no new connection, but completes its handshakes. */
+static __always_inline bool closed(void)
+{
+	struct up_control *ctl = controls();
+
+	return !ctl || ctl->closed;
 }
 
 static __always_inline bool fault(__u32 one)

@@ -11,7 +11,7 @@
 #define UNDERPASS_PAIR_H
 
 #include "holds.h"
-#include "peek.h"
+#include "guard.h"
 
 /* Calls us as a socket builds a TCP packet: a listener its SYN-ACK, an endpoint any other. */
 #define BUILD_FLAG BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG
@@ -109,20 +109,36 @@ static __always_inline struct numbers address_key(const struct up_address *clien
 	return (struct numbers){client->ip[3] ^ (client->port << 16), server->ip[3] ^ server->port};
 }
 
-static __always_inline struct endpoint *enter(struct bpf_sock_ops *ctx, __u8 role,
+/* The socket's state, emptied: it may have had a connection before. */
+static __always_inline struct endpoint *fresh_endpoint(struct bpf_sock *sk, __u64 program)
+{
+	struct endpoint *ep = bpf_sk_storage_get(&endpoints, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+
+	if (!ep)
+		return 0;
+	__builtin_memset(ep, 0, sizeof(*ep));
+	ep->program = program;
+	return ep;
+}
+
+static __always_inline struct endpoint *enter(struct bpf_sock_ops *ctx, __u8 role, __u64 program,
 					      struct numbers numbers, enum up_reason *why)
 {
+	const struct tcp_sock *tp;
 	struct endpoint *ep = 0;
 	struct bpf_sock *sk = ctx->sk;
 	long error;
 
 	*why = UP_NO_MEMORY;
-	if (!sk)
-		return 0;
-	ep = bpf_sk_storage_get(&endpoints, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	ep = sk ? fresh_endpoint(sk, program) : 0;
 	if (!ep)
 		return 0;
-	__builtin_memset(ep, 0, sizeof(*ep)); /* the socket may have had a connection before */
+	tp = bpf_skc_to_tcp_sock(sk);
+	if (tp && BPF_CORE_READ_BITFIELD_PROBED(tp, is_mptcp)) {
+		note_sign(program, UP_SIGN_MPTCP);
+		*why = ep->reason = UP_NOT_SUITABLE;
+		return 0;
+	}
 	ep->self.cookie = bpf_get_socket_cookie(ctx);
 	ep->self.numbers = ep->numbers = numbers;
 	if (fault(UP_FAULT_STALE_PEER))
@@ -134,16 +150,50 @@ static __always_inline struct endpoint *enter(struct bpf_sock_ops *ctx, __u8 rol
 	}
 	ep->role = role;
 	ep->reason = UP_NO_MESSAGE;
+	ep->epoch = ~0ull; /* its first message looks the verdicts up */
 	bpf_sock_ops_cb_flags_set(ctx, CTX(bpf_sock_ops_cb_flags) | BUILD_FLAG | CLOSE_FLAG);
 	return ep;
+}
+
+/* A proven end stays on TCP for its program's sake: `explain` tells, and while the program is observed,
+ * the socket's packets show that it runs. */
+static __always_inline void keep_out(struct bpf_sock_ops *ctx, __u64 program, enum up_reason reason)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct endpoint *ep = sk ? fresh_endpoint(sk, program) : 0;
+
+	if (!ep)
+		return;
+	ep->reason = reason;
+	ep->observed = admitted(program) == UP_OBSERVED;
+	if (ep->observed)
+		bpf_sock_ops_cb_flags_set(ctx, CTX(bpf_sock_ops_cb_flags) | BUILD_FLAG);
+}
+
+/* A program begins to connect: the one moment at which a client's program is known for sure. */
+static __always_inline void on_connect(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+
+	if (sk && !draining() && !closed())
+		fresh_endpoint(sk, current_program());
 }
 
 /* A socket begins to listen: let it tell us of each SYN that it answers. */
 static __always_inline void on_listen(struct bpf_sock_ops *ctx)
 {
+	struct up_place place = {.netns = bpf_get_netns_cookie(ctx)};
 	__u32 flags = CTX(bpf_sock_ops_cb_flags);
 	struct bpf_sock *sk = ctx->sk;
+	struct up_address nobody;
 	struct endpoint *ep;
+	__u64 program;
+
+	if (closed())
+		return;
+	program = current_program();
+	read_ends(ctx, &place.at, &nobody);
+	bpf_map_update_elem(&owners, &place, &program, BPF_ANY);
 
 	ep = sk ? bpf_sk_storage_get(&endpoints, sk, 0, BPF_SK_STORAGE_GET_F_CREATE) : 0;
 	if (!ep || ep->watched)
@@ -163,6 +213,8 @@ static __always_inline void on_syn_ack(struct bpf_sock_ops *ctx)
 	__u32 number;
 	long got;
 
+	if (closed())
+		return;
 	got = bpf_getsockopt(ctx, SOL_TCP, TCP_BPF_SYN, &head, sizeof(head));
 	if (got < 0 && got != -ENOSPC) /* ENOSPC: the buffer is filled, the header is longer */
 		return;
@@ -183,12 +235,13 @@ static __always_inline void on_client(struct bpf_sock_ops *ctx)
 	struct handshake shake = {}, *twin;
 	const struct tcp_sock *tp;
 	enum up_reason why;
+	__u64 program;
 	struct endpoint *ep;
 	struct bpf_sock *sk;
 	struct syn *syn;
 	long error;
 
-	if (draining())
+	if (draining() || closed())
 		return;
 	syn = bpf_map_lookup_elem(&syns, &number);
 	if (!syn && !fault(UP_FAULT_NO_PROOF | UP_FAULT_ADDRESS_KEYS))
@@ -213,7 +266,18 @@ static __always_inline void on_client(struct bpf_sock_ops *ctx)
 	}
 	if (fault(UP_FAULT_ADDRESS_KEYS))
 		key = address_key(&local, &remote);
-	ep = enter(ctx, UP_CLIENT, key, &why);
+	ep = bpf_sk_storage_get(&endpoints, sk, 0, 0);
+	program = ep ? ep->program : 0;
+	shake.client_program = program;
+	why = admitted(program);
+	if (why != UP_SHORTCUT) {
+		keep_out(ctx, program, why);
+		shake.refused = why;
+		shake.outside = 1;
+		bpf_map_update_elem(&handshakes, &key, &shake, BPF_NOEXIST);
+		return count_socket(why);
+	}
+	ep = enter(ctx, UP_CLIENT, program, key, &why);
 	if (!ep)
 		return count_socket(why);
 	ep->redirect_seq = snd;
@@ -245,6 +309,7 @@ static __always_inline enum up_reason pair_server(struct bpf_sock_ops *ctx)
 	struct bpf_sock *sk = ctx->sk;
 	struct endpoint *ep;
 	struct view view = {};
+	__u64 *owner, program;
 
 	if (!sk)
 		return UP_NO_STATE;
@@ -255,12 +320,21 @@ static __always_inline enum up_reason pair_server(struct bpf_sock_ops *ctx)
 		key = address_key(&view.client, &view.server);
 	shake = bpf_map_lookup_elem(&handshakes, &key);
 	if (!shake) {
+		if (closed()) /* the other generation's */
+			return UP_NO_MESSAGE;
 		bpf_map_delete_elem(&syns, &number);
 		return UP_REMOTE_CLIENT;
 	}
+	owner = owner_of(view.netns, &view.server);
+	program = owner ? *owner : 0;
 	if (!fault(UP_FAULT_ADDRESS_KEYS)) {
-		if (shake->refused)
-			return shake->refused;
+		if (shake->refused) {
+			why = shake->refused;
+			if (shake->outside)
+				bpf_map_delete_elem(&handshakes, &key);
+			keep_out(ctx, program, why);
+			return why;
+		}
 		if (shake->ambiguous || shake->server) {
 			shake->refused = UP_AMBIGUOUS;
 			return UP_AMBIGUOUS;
@@ -270,11 +344,19 @@ static __always_inline enum up_reason pair_server(struct bpf_sock_ops *ctx)
 			return UP_ADDRESS_MISMATCH;
 		}
 	}
-	ep = enter(ctx, UP_SERVER, key, &why);
+	why = admitted(program);
+	if (why != UP_SHORTCUT) {
+		shake->refused = why;
+		keep_out(ctx, program, why);
+		return why;
+	}
+	ep = enter(ctx, UP_SERVER, program, key, &why);
 	if (!ep) {
 		shake->refused = why;
 		return why;
 	}
+	ep->peer_program = shake->client_program;
+	shake->server_program = program;
 	ep->peer_sock = shake->client_sock;
 	ep->peer.cookie = shake->client;
 	ep->peer.numbers = fault(UP_FAULT_STALE_PEER) ? (struct numbers){} : key;
@@ -285,6 +367,13 @@ static __always_inline enum up_reason pair_server(struct bpf_sock_ops *ctx)
 	return UP_SHORTCUT;
 }
 
+static __always_inline bool observing(struct bpf_sock *sk)
+{
+	struct endpoint *ep = bpf_sk_storage_get(&endpoints, sk, 0, 0);
+
+	return ep && ep->observed;
+}
+
 static __always_inline void on_server(struct bpf_sock_ops *ctx)
 {
 	enum up_reason reason = pair_server(ctx);
@@ -292,11 +381,19 @@ static __always_inline void on_server(struct bpf_sock_ops *ctx)
 	struct bpf_sock *sk = ctx->sk;
 	struct tcp_sock *tp = sk ? bpf_skc_to_tcp_sock(sk) : 0;
 
+	if (reason == UP_NO_MESSAGE)
+		return;
 	count_socket(reason); /* UP_SHORTCUT: counts the pair */
 	/* The flag is inherited from the listener. A psock means that another instance of us, attached
 	 * deeper in the tree, has taken the socket and wants it. */
-	if (reason != UP_SHORTCUT && tp && !psock_of((const struct sock *)tp))
+	if (reason != UP_SHORTCUT && tp && !psock_of((const struct sock *)tp) && !observing(sk))
 		clear_flags(ctx, BUILD_FLAG);
+}
+
+/* Why a client leaves whose server did not enter. */
+static __always_inline enum up_reason refusal(__u32 of_server)
+{
+	return of_server == UP_OBSERVED || of_server == UP_GUARDED ? of_server : UP_PEER_REFUSED;
 }
 
 /* The client's first message: has the server's socket been paired meanwhile? */
@@ -311,7 +408,7 @@ static __always_inline bool meet_server(struct endpoint *ep)
 	if (!shake)
 		return false;
 	if (shake->refused) {
-		ep->leave = 1;
+		ep->leave = refusal(shake->refused);
 		return false;
 	}
 	server = *(volatile __u64 *)&shake->server;
@@ -322,6 +419,7 @@ static __always_inline bool meet_server(struct endpoint *ep)
 		return false;
 	ep->peer_sock = sock;
 	ep->peer.numbers = ep->self.numbers; /* the same two at both ends */
+	ep->peer_program = shake->server_program;
 	ep->peer.cookie = server;
 	bpf_map_delete_elem(&handshakes, &ep->numbers);
 	return true;

@@ -87,4 +87,46 @@ static __always_inline int inside(const struct sock *sk)
 	return BPF_CORE_READ(psock_of(sk), refcnt.refs.counter) - 1;
 }
 
+/* Inside the subtree that sock_ops is attached to? */
+static __always_inline bool covered(const struct sock *sk)
+{
+	const struct cgroup *cgrp = BPF_CORE_READ(sk, sk_cgrp_data.cgroup);
+	const void *slot;
+	const struct cgroup *at = 0;
+
+	if (!knobs.cgroup_id)
+		return true;
+	if (!cgrp || BPF_CORE_READ(cgrp, level) < (int)knobs.cgroup_level)
+		return false;
+	slot = (const void *)cgrp + bpf_core_field_offset(struct cgroup, ancestors) +
+	       knobs.cgroup_level * sizeof(void *);
+	bpf_probe_read_kernel(&at, sizeof(at), slot);
+	return at && BPF_CORE_READ(at, kn, id) == knobs.cgroup_id;
+}
+
+/* Both ends of a socket, as `read_ends` (pair.h) gives them; zeroed by the caller. */
+static __always_inline void read_sock_ends(const struct sock *sk, struct up_address *local,
+					   struct up_address *remote)
+{
+	const struct sock_common *skc = &sk->__sk_common;
+
+	local->port = BPF_CORE_READ(skc, skc_num);
+	remote->port = bpf_ntohs(BPF_CORE_READ(skc, skc_dport));
+	if (BPF_CORE_READ(skc, skc_family) == AF_INET) {
+		local->ip[0] = local->ip[1] = remote->ip[0] = remote->ip[1] = 0;
+		local->ip[2] = remote->ip[2] = bpf_htonl(0xffff);
+		local->ip[3] = BPF_CORE_READ(skc, skc_rcv_saddr);
+		remote->ip[3] = BPF_CORE_READ(skc, skc_daddr);
+	} else {
+		BPF_CORE_READ_INTO(&local->ip, skc, skc_v6_rcv_saddr);
+		BPF_CORE_READ_INTO(&remote->ip, skc, skc_v6_daddr);
+	}
+}
+
+/* Did the program ask for MSG_ZEROCOPY (SO_ZEROCOPY)? */
+static __always_inline bool zero_copies(const struct sock *sk)
+{
+	return BPF_CORE_READ(sk, __sk_common.skc_flags) >> bpf_core_enum_value(enum sock_flags, SOCK_ZEROCOPY) & 1;
+}
+
 #endif

@@ -110,18 +110,18 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 					     struct endpoint *ep)
 {
 	const struct tcp_sock *tp;
-	struct up_control *ctl;
+	struct up_control *ctl = controls();
 	enum up_reason reason;
 	struct reader r = {};
-	__u32 zero = 0;
 
-	ctl = bpf_map_lookup_elem(&control, &zero);
 	if (!ctl)
 		return UP_NO_STATE;
 	if (ctl->stop)
 		return ctl->stop == UP_PAUSED ? UP_PAUSED : UP_DRAINING;
 	if (!ep->peer.cookie && !meet_server(ep))
 		return UP_UNPAIRED;
+	if (guarded(ep))
+		return UP_MARKED;
 	if (sk->state != BPF_TCP_ESTABLISHED && sk->state != BPF_TCP_CLOSE_WAIT)
 		return UP_CLOSING;
 	tp = bpf_skc_to_tcp_sock(sk);
@@ -137,6 +137,8 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 	barrier(); /* or clang joins the two pointers with |, which the verifier refuses */
 	if (tp->inet_conn.icsk_ulp_ops)
 		return UP_ULP;
+	if (zero_copies(&tp->inet_conn.icsk_inet.sk))
+		return UP_ZEROCOPY;
 	if (r.lowat > 1)
 		return UP_RCVLOWAT;
 	if (r.peek_off >= 0)
@@ -164,6 +166,19 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 	return UP_SHORTCUT;
 }
 
+/* What the state of a socket in the map says of its program: the other connections stay on TCP, too. */
+static __always_inline void learn(const struct endpoint *ep, struct bpf_sock *sk, enum up_reason reason)
+{
+	const struct tcp_sock *tp = bpf_skc_to_tcp_sock(sk);
+
+	if (reason == UP_RCVLOWAT)
+		note_sign(ep->peer_program, UP_SIGN_RCVLOWAT);
+	else if (reason == UP_ZEROCOPY)
+		note_sign(ep->program, UP_SIGN_ZEROCOPY);
+	else if (reason == UP_ULP)
+		note_sign(tp && tp->inet_conn.icsk_ulp_ops ? ep->program : ep->peer_program, UP_SIGN_ULP);
+}
+
 static __always_inline int steer(struct sk_msg_md *msg)
 {
 	struct bpf_sock *sk = msg->sk;
@@ -178,6 +193,8 @@ static __always_inline int steer(struct sk_msg_md *msg)
 	}
 	if (!ep)
 		return SK_PASS;
+	if (reason != ep->reason)
+		learn(ep, sk, reason);
 	ep->reason = reason;
 	if (reason == UP_SHORTCUT) {
 		ep->held = 0;
@@ -186,10 +203,8 @@ static __always_inline int steer(struct sk_msg_md *msg)
 		ep->newer++;
 	} else {
 		ep->tcp_messages++;
-		if (reason == UP_PEER_GONE && !ep->leave) {
-			ep->gone_at = bpf_ktime_get_ns();
-			ep->leave = 2;
-		}
+		if ((reason == UP_PEER_GONE || reason == UP_MARKED) && !ep->leave)
+			wants_out(ep, reason == UP_MARKED ? UP_GUARDED : reason);
 		if (fault(UP_FAULT_SK_DROP))
 			return SK_DROP;
 	}

@@ -176,19 +176,27 @@ static __always_inline void on_packet(struct bpf_sock_ops *ctx)
 	__u64 now;
 
 	ep = sk ? bpf_sk_storage_get(&endpoints, sk, 0, 0) : 0;
-	if (!ep || !ep->role || ep->left)
+	if (!ep || ep->left || (!ep->role && !ep->observed))
 		return;
 	tp = bpf_skc_to_tcp_sock(sk);
 	if (!tp)
 		return;
-	if (ep->leave == 1)
-		return leave(ctx, ep, tp, UP_PEER_REFUSED);
+	if (ep->observed) {
+		ep->observed = ran(ep->program, tp);
+		if (!ep->observed && !psock_of((const struct sock *)tp))
+			clear_flags(ctx, BUILD_FLAG);
+		return;
+	}
+	if (!ep->leave && guarded(ep))
+		wants_out(ep, UP_GUARDED);
+	if (ep->leave == UP_PEER_REFUSED || ep->leave == UP_OBSERVED)
+		return leave(ctx, ep, tp, ep->leave);
 	set_buffer(ctx, ep, tp, ep->held);
 	if (CTX(state) == BPF_TCP_FIN_WAIT1) /* its FIN: a moment later, perhaps a better one */
 		return half_close(ctx, ep);
 	now = bpf_ktime_get_ns();
 	if (ep->leave && now - ep->gone_at > PATIENCE_NS && !has_unread((const struct sock *)tp))
-		return leave(ctx, ep, tp, UP_PEER_GONE); /* what it had under way has arrived by now */
+		return leave(ctx, ep, tp, ep->leave); /* what it had under way has arrived by now */
 	copied = tp->copied_seq;
 	if (tp->rcv_nxt == copied) {
 		if (ep->ticking && now - ep->seen_at > PATIENCE_NS)

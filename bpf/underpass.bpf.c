@@ -4,6 +4,7 @@
  *   sock_ops      up_handshake   proves that both ends of a connection are here, pairs them (pair.h),
  *                                frees readers that got stuck between the paths (stuck.h)
  *   sk_msg        up_steer       each message: shortcut or TCP, and why (steer.h)
+ *   sys_enter     up_watch       system calls that tell of a program which has to stay on TCP (watch.h)
  *   iter/tcp      up_arm         listeners that stood before: answer SYNs with the proof callback
  *   iter/tcp      up_disarm      takes that back
  *   iter/tcp      up_release     after a drain: puts back what we set on sockets, wakes their readers
@@ -37,6 +38,7 @@ int up_handshake(struct bpf_sock_ops *ctx)
 		break;
 	case BPF_SOCK_OPS_TCP_CONNECT_CB:
 		start_afresh(ctx);
+		on_connect(ctx);
 		break;
 	case BPF_SOCK_OPS_TCP_LISTEN_CB:
 		start_afresh(ctx);
@@ -50,6 +52,13 @@ SEC("sk_msg")
 int up_steer(struct sk_msg_md *msg)
 {
 	return steer(msg);
+}
+
+SEC("tp_btf/sys_enter")
+int up_watch(__u64 *ctx)
+{
+	watch((const void *)ctx[0], ctx[1]);
+	return 0;
 }
 
 SEC("iter/tcp")

@@ -4,7 +4,7 @@
 #ifndef UNDERPASS_H
 #define UNDERPASS_H
 
-#define UP_ABI 1
+#define UP_ABI 2
 
 /* Why a message took its path, or why a connection did not become a pair.
  * The metric labels, the CLI's words and the docs come from this one list: name, word. */
@@ -23,6 +23,8 @@
 	X(ULP, "ulp")                             /* kTLS or another upper layer protocol took a socket */ \
 	X(RCVLOWAT, "rcvlowat")                   /* the reader set SO_RCVLOWAT above 1 */                \
 	X(PEEK_OFF, "peek-off")                   /* the reader set SO_PEEK_OFF */                        \
+	X(ZEROCOPY, "zerocopy")                   /* the sender set SO_ZEROCOPY */                        \
+	X(MARKED, "marked")                       /* a socket was just used as only TCP serves: guard */  \
 	X(PAUSED, "paused")                       /* `underpass pause` */                                 \
 	X(DRAINING, "draining")                   /* `underpass down` is under way */                     \
 	X(FORCED, "forced")                       /* a test asked for TCP */                              \
@@ -39,7 +41,9 @@
 	X(PEER_REFUSED, "peer-refused")           /* the other end of a proven pair could not enter */    \
 	X(READER_STUCK, "reader-stuck")           /* left: its reader missed TCP bytes behind others */   \
 	X(TCP_FIRST, "tcp-first")                 /* left: the client spoke by TCP before it was paired */ \
-	X(HALF_CLOSED, "half-closed")             /* left: it shut its sending side down */
+	X(HALF_CLOSED, "half-closed")             /* left: it shut its sending side down */               \
+	X(OBSERVED, "observed")                   /* its program has not been watched for long enough */  \
+	X(GUARDED, "guarded")                     /* its program does what only TCP serves, or is denied */
 
 enum up_reason {
 #define X(name, word) UP_##name,
@@ -61,6 +65,26 @@ enum up_fault {
 	UP_FAULT_STALE_PEER = 1 << 8,   /* rule 1: a socket is its address in memory, whoever has it now */
 };
 
+/* What a program was seen to use that the shortcut cannot serve: name, bit, word. */
+#define UP_SIGNS(X)                                                                                  \
+	X(SPLICE, 0, "splice")            /* splice from a socket */                                      \
+	X(WAITALL, 1, "msg-waitall")                                                                      \
+	X(OOB, 2, "msg-oob")                                                                              \
+	X(TRUNC, 3, "msg-trunc")                                                                          \
+	X(ZEROCOPY, 4, "msg-zerocopy")    /* or SO_ZEROCOPY */                                            \
+	X(RCVLOWAT, 5, "so-rcvlowat")     /* above 1 */                                                   \
+	X(ULP, 6, "tcp-ulp")              /* kTLS and other upper layer protocols */                      \
+	X(MPTCP, 7, "mptcp")
+
+enum up_sign {
+#define X(name, bit, word) UP_SIGN_##name = 1 << (bit),
+	UP_SIGNS(X)
+#undef X
+};
+
+/* What an administrator said of a program. */
+enum up_rule { UP_ALLOW = 1, UP_DENY = 2 };
+
 enum up_role { UP_CLIENT = 1, UP_SERVER = 2 };
 
 /* The one element of map `.rodata.knobs`: set before load, then constant. The verifier removes what
@@ -79,12 +103,18 @@ struct up_knobs {
 	__u32 pad;
 	__u64 memory_pages;     /* above this much TCP memory of the node nothing more may wait, 0 = no limit */
 	__u64 recv_wake;        /* address of woken_wake_function, 0 = unknown */
+	__u64 observe_ns;       /* how long a program must have run before it is admitted, 0 = at once */
+	struct up_calls {       /* this architecture's numbers of the system calls that are watched */
+		__u32 splice, recvfrom, recvmsg, recvmmsg, sendto, sendmsg, sendmmsg, pad;
+	} calls;
 };
 
 /* The one element of map `about`: what this generation is. Programs do not read it. */
 struct up_about {
 	__u32 abi;
 	__u32 capacity; /* pairs */
+	__u64 generation; /* one more than that of the one it replaced */
+	__u64 node_budget; /* bytes, as it was set; 0 = chosen */
 	struct up_knobs knobs;
 	char version[32];
 	char cgroup[512];
@@ -94,6 +124,8 @@ struct up_about {
 struct up_control {
 	__u32 stop;   /* 0, or the reason for which every message goes by TCP: UP_PAUSED, UP_DRAINING */
 	__u32 forced; /* tests: of 65536 messages, about this many are forced onto TCP */
+	__u32 closed; /* 1 = no new pairs: this generation is not in charge (yet, or any more) */
+	__u32 adopting; /* 1 = listeners that are armed were armed by the generation before */
 };
 
 /* The one element of map `counters`, per CPU. */
@@ -109,6 +141,37 @@ struct up_address {
 	__u32 port;  /* host order */
 };
 
+/* What is known of a program; see guard.h. */
+struct up_program {
+	__u64 first_seen; /* ns since boot */
+	__u64 last_seen;  /* when it last sent a TCP packet while it was observed */
+	__u64 active_ns;  /* how long it has run so far, a pause counting at most a second */
+	__u32 signs;      /* enum up_sign */
+	__u32 rule;       /* enum up_rule, 0 = none */
+	__u32 pid;        /* the process that was seen first */
+	__u32 by_arguments; /* 1 = an interpreter: its arguments are part of its identity */
+	char name[32];    /* of the executable */
+	char command[64]; /* how its arguments begin, each ended by NUL */
+};
+
+/* A rule is for one program, or with program 0 for all of that name. */
+struct up_rule_key {
+	__u64 program;
+	char name[32];
+};
+
+/* Where a socket listens; address 0 = any. */
+struct up_place {
+	__u64 netns; /* cookie */
+	struct up_address at;
+	__u32 pad;
+};
+
+/* The one element of map `news`. */
+struct up_news {
+	__u64 epoch; /* grows with everything that may change a verdict */
+};
+
 /* One line of the socket list, as the iterators write it. */
 struct up_record {
 	__u64 cookie;
@@ -116,6 +179,9 @@ struct up_record {
 	__u64 shortcut_bytes;
 	__u64 shortcut_messages;
 	__u64 tcp_messages;
+	__u64 netns_cookie;
+	__u64 inode; /* of the socket, as /proc/PID/fd shows it; 0 = it has none */
+	__u64 program;
 	struct up_address local;
 	struct up_address remote;
 	__u32 netns;   /* inode of the network namespace */
@@ -125,7 +191,7 @@ struct up_record {
 	__u8 state;    /* TCP state */
 	__u8 in_map;   /* sockets: 1 = this generation holds it */
 	__u8 covered;  /* sockets: 1 = inside the attached cgroup */
-	__u8 armed;    /* listeners: 1 = answers SYNs with the proof callback */
+	__u8 armed;    /* listeners: 1 = answers SYNs with the proof callback, 2 = so does another program */
 	__u8 pad[2];
 };
 

@@ -4,34 +4,52 @@
 #define UNDERPASS_WALK_H
 
 #include "stuck.h"
+#include "watch.h"
 
 #define TCP_BPF_SOCK_OPS_CB_FLAGS 1008
-
-/* Inside the subtree that sock_ops is attached to? */
-static __always_inline bool covered(const struct sock *sk)
-{
-	const struct cgroup *cgrp = BPF_CORE_READ(sk, sk_cgrp_data.cgroup);
-	const void *slot;
-	const struct cgroup *at = 0;
-
-	if (!knobs.cgroup_id)
-		return true;
-	if (!cgrp || BPF_CORE_READ(cgrp, level) < (int)knobs.cgroup_level)
-		return false;
-	slot = (const void *)cgrp + bpf_core_field_offset(struct cgroup, ancestors) +
-	       knobs.cgroup_level * sizeof(void *);
-	bpf_probe_read_kernel(&at, sizeof(at), slot);
-	return at && BPF_CORE_READ(at, kn, id) == knobs.cgroup_id;
-}
 
 static __always_inline bool set_flags(struct tcp_sock *tp, int flags)
 {
 	return !bpf_setsockopt(tp, SOL_TCP, TCP_BPF_SOCK_OPS_CB_FLAGS, &flags, sizeof(flags));
 }
 
+static __always_inline void fill(struct up_record *r, const struct sock *sk, const struct endpoint *ep)
+{
+	const struct sock_common *skc = &sk->__sk_common;
+
+	read_sock_ends(sk, &r->local, &r->remote);
+	r->netns = BPF_CORE_READ(skc, skc_net.net, ns.inum);
+	r->netns_cookie = BPF_CORE_READ(skc, skc_net.net, net_cookie);
+	r->inode = BPF_CORE_READ(sk, sk_socket, file, f_inode, i_ino);
+	r->state = BPF_CORE_READ(skc, skc_state);
+	r->covered = covered(sk);
+	r->cookie = BPF_CORE_READ(skc, skc_cookie.counter);
+	if (!ep)
+		return;
+	r->program = ep->program;
+	r->peer = ep->peer.cookie;
+	r->shortcut_bytes = ep->shortcut_bytes;
+	r->shortcut_messages = ep->shortcut_messages;
+	r->tcp_messages = ep->tcp_messages;
+	r->role = ep->role;
+	r->reason = ep->reason;
+	r->armed = ep->watched;
+	if (ep->watched && bpf_sk_storage_get(&shared_listeners, (struct sock *)sk, 0, 0))
+		r->armed = 2;
+}
+
+/* Is the callback on a listener set because the generation before us set it? */
+static __always_inline bool adopting(void)
+{
+	struct up_control *ctl = controls();
+
+	return ctl && ctl->adopting;
+}
+
 static __always_inline void arm(struct bpf_iter__tcp *ctx, bool on)
 {
 	struct sock_common *skc = ctx->sk_common;
+	struct up_record r = {};
 	struct endpoint *ep;
 	struct tcp_sock *tp;
 	int flags;
@@ -43,9 +61,11 @@ static __always_inline void arm(struct bpf_iter__tcp *ctx, bool on)
 		return;
 	flags = tp->bpf_sock_ops_cb_flags;
 	ep = bpf_sk_storage_get(&endpoints, (struct sock *)tp, 0, on ? BPF_SK_STORAGE_GET_F_CREATE : 0);
+	fill(&r, (const struct sock *)tp, ep);
+	bpf_seq_write(ctx->meta->seq, &r, sizeof(r)); /* user space finds its owner */
 	if (!ep || ep->watched == on)
 		return;
-	if (on && (flags & BUILD_FLAG))
+	if (on && (flags & BUILD_FLAG) && !adopting())
 		bpf_sk_storage_get(&shared_listeners, (struct sock *)tp, 0,
 				   BPF_SK_STORAGE_GET_F_CREATE);
 	else if (!on && bpf_sk_storage_get(&shared_listeners, (struct sock *)tp, 0, 0))
@@ -79,35 +99,6 @@ static __always_inline void release(struct bpf_iter__tcp *ctx)
 	lowat = tp->inet_conn.icsk_inet.sk.sk_rcvlowat;
 	if (tp->rcv_nxt != tp->copied_seq)
 		bpf_setsockopt(tp, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat));
-}
-
-static __always_inline void fill(struct up_record *r, const struct sock *sk, const struct endpoint *ep)
-{
-	const struct sock_common *skc = &sk->__sk_common;
-
-	r->local.port = BPF_CORE_READ(skc, skc_num);
-	r->remote.port = bpf_ntohs(BPF_CORE_READ(skc, skc_dport));
-	if (BPF_CORE_READ(skc, skc_family) == AF_INET) {
-		r->local.ip[2] = r->remote.ip[2] = bpf_htonl(0xffff);
-		r->local.ip[3] = BPF_CORE_READ(skc, skc_rcv_saddr);
-		r->remote.ip[3] = BPF_CORE_READ(skc, skc_daddr);
-	} else {
-		BPF_CORE_READ_INTO(&r->local.ip, skc, skc_v6_rcv_saddr);
-		BPF_CORE_READ_INTO(&r->remote.ip, skc, skc_v6_daddr);
-	}
-	r->netns = BPF_CORE_READ(skc, skc_net.net, ns.inum);
-	r->state = BPF_CORE_READ(skc, skc_state);
-	r->covered = covered(sk);
-	r->cookie = BPF_CORE_READ(skc, skc_cookie.counter);
-	if (!ep)
-		return;
-	r->peer = ep->peer.cookie;
-	r->shortcut_bytes = ep->shortcut_bytes;
-	r->shortcut_messages = ep->shortcut_messages;
-	r->tcp_messages = ep->tcp_messages;
-	r->role = ep->role;
-	r->reason = ep->reason;
-	r->armed = ep->watched;
 }
 
 /* While draining: may a redirect that was decided before still be on its way to this socket? Only a

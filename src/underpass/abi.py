@@ -8,15 +8,26 @@ from __future__ import annotations
 import ctypes
 import ipaddress
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from underpass.model import Reason
 
-ABI = 1
+ABI = 2
 REASONS = len(Reason)
 
 u8, u32, u64 = ctypes.c_uint8, ctypes.c_uint32, ctypes.c_uint64
+
+
+class Calls(ctypes.Structure):
+    """``struct up_calls``: numbers of system calls."""
+
+    _fields_ = [
+        (name, u32)
+        for name in (
+            "splice", "recvfrom", "recvmsg", "recvmmsg", "sendto", "sendmsg", "sendmmsg", "pad",
+        )
+    ]  # fmt: skip
 
 
 class Knobs(ctypes.Structure):
@@ -36,6 +47,8 @@ class Knobs(ctypes.Structure):
         ("pad", u32),
         ("memory_pages", u64),
         ("recv_wake", u64),
+        ("observe_ns", u64),
+        ("calls", Calls),
     ]
 
 
@@ -45,6 +58,8 @@ class About(ctypes.Structure):
     _fields_ = [
         ("abi", u32),
         ("capacity", u32),
+        ("generation", u64),
+        ("node_budget", u64),
         ("knobs", Knobs),
         ("version", ctypes.c_char * 32),
         ("cgroup", ctypes.c_char * 512),
@@ -54,7 +69,7 @@ class About(ctypes.Structure):
 class Control(ctypes.Structure):
     """``struct up_control``."""
 
-    _fields_ = [("stop", u32), ("forced", u32)]
+    _fields_ = [("stop", u32), ("forced", u32), ("closed", u32), ("adopting", u32)]
 
 
 class Counters(ctypes.Structure):
@@ -67,6 +82,57 @@ class Counters(ctypes.Structure):
     ]
 
 
+def add_up(many: Iterable[Counters]) -> Counters:
+    """The sum, field by field."""
+    total = Counters()
+    for one in many:
+        for reason in range(REASONS):
+            total.messages[reason] += one.messages[reason]
+            total.connections[reason] += one.connections[reason]
+        total.shortcut_bytes += one.shortcut_bytes
+    return total
+
+
+class Program(ctypes.Structure):
+    """``struct up_program``."""
+
+    _fields_ = [
+        ("first_seen", u64),
+        ("last_seen", u64),
+        ("active_ns", u64),
+        ("signs", u32),
+        ("rule", u32),
+        ("pid", u32),
+        ("by_arguments", u32),
+        ("name", ctypes.c_char * 32),
+        ("command", u8 * 64),
+    ]
+
+
+class RuleKey(ctypes.Structure):
+    """``struct up_rule_key``."""
+
+    _fields_ = [("program", u64), ("name", ctypes.c_char * 32)]
+
+
+class Address(ctypes.Structure):
+    """``struct up_address``."""
+
+    _fields_ = [("ip", u8 * 16), ("port", u32)]
+
+
+class Place(ctypes.Structure):
+    """``struct up_place``."""
+
+    _fields_ = [("netns", u64), ("at", Address), ("pad", u32)]
+
+
+class News(ctypes.Structure):
+    """``struct up_news``."""
+
+    _fields_ = [("epoch", u64)]
+
+
 class Record(NamedTuple):
     """``struct up_record``, in its order."""
 
@@ -75,6 +141,9 @@ class Record(NamedTuple):
     shortcut_bytes: int
     shortcut_messages: int
     tcp_messages: int
+    netns_cookie: int
+    inode: int
+    program: int
     local_ip: bytes
     local_port: int
     remote_ip: bytes
@@ -89,7 +158,7 @@ class Record(NamedTuple):
     armed: int
 
 
-RECORD = struct.Struct("=5Q16sI16sI2I6B2x")
+RECORD = struct.Struct("=8Q16sI16sI2I6B2x")
 CLIENT, SERVER = 1, 2
 TCP_LISTEN = 10
 

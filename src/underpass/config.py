@@ -13,6 +13,14 @@ from underpass.errors import Usage
 from underpass.model import Settings
 
 _MIB = 1 << 20
+_Name = Annotated[str, Meta(min_length=1, max_length=31, pattern=r"^[^/\s]+$")]
+
+
+class _Guard(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    observe: Annotated[float, Meta(ge=0.1, le=86400)] = Settings.observe_seconds
+    admit_unknown: bool = Settings.admit_unknown
+    allow: tuple[_Name, ...] = ()
+    deny: tuple[_Name, ...] = ()
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -20,6 +28,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     budget_bytes: Annotated[int, Meta(ge=64 << 10, le=16 * _MIB)] = Settings.budget_bytes
     budget_messages: Annotated[int, Meta(ge=16, le=16384)] = Settings.budget_messages
     node_budget_bytes: Annotated[int, Meta(ge=0, le=1 << 40)] = Settings.node_budget_bytes
+    guard: _Guard = _Guard()
 
 
 def read(path: Path | None) -> Settings:
@@ -38,4 +47,12 @@ def read(path: Path | None) -> Settings:
         raise Usage("read", path, f"it is not TOML: {error}", "correct it") from None
     except msgspec.ValidationError as error:
         raise Usage("use", path, str(error), "see `underpass up --help` for the fields") from None
-    return Settings(**msgspec.structs.asdict(fields))
+    sizes = msgspec.structs.asdict(fields)
+    guard = sizes.pop("guard")
+    return Settings(
+        **sizes,
+        observe_seconds=guard.observe,
+        admit_unknown=guard.admit_unknown,
+        allow=guard.allow,
+        deny=guard.deny,
+    )

@@ -1,56 +1,40 @@
-"""One generation of programs and maps: load, pin, attach, open, pause, drain.
+"""The life of generations: up, upgrade, down, pause; what a killed one of these left is mended.
 
-The data plane lives in the kernel and in pins; it outlives every process of ours. The pin
-directory is made beside its final place under a lock, renamed, and only then attached: the pinned
-link is the last thing to appear and the mark of a live generation. Killed half-way, ``up`` leaves
-nothing that steers traffic, and the next ``up`` clears or completes it.
+The pin directory is made beside its final place under a lock, renamed, and only then attached: the
+pinned link is the last thing to appear and the mark of a live generation. An upgrade attaches the new
+generation while it is still *closed* (it takes in no connection), exchanges the two directories in one
+step, and then opens the new one; the old one keeps its pairs until they close. Killed anywhere, each
+leaves nothing that steers wrongly, and the next command completes or clears it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 
 from underpass import abi, knobs, libbpf, namespaces, pinning, records
-from underpass.errors import KernelError, NotLoaded, UnderpassError
-from underpass.model import (
-    REFUSALS,
-    TCP_REASONS,
-    Counters,
-    Fault,
-    Pair,
-    Reason,
-    Settings,
-    Socket,
+from underpass.errors import KernelError, NotLoaded, UnderpassError, Usage
+from underpass.generation import (
+    IN_FLIGHT_SECONDS,
+    LINK,
+    MAP_LINK,
+    MAPS,
+    PROGRAMS,
+    WATCH_LINK,
+    Dataplane,
 )
+from underpass.model import Counters, Fault, Rule, Settings
+
+__all__ = ["DEFAULT_PINS", "Dataplane", "down", "opened", "pause", "up", "upgrade"]
 
 DEFAULT_PINS = namespaces.BPFFS / "underpass"
 OBJECT = Path(__file__).with_name("underpass.bpf.o")
-#: Redirects that were decided before the stop flag was seen are over after this many seconds.
-IN_FLIGHT_SECONDS = 1.5
-
-_MAPS = ("sockets", "control", "counters", "handshakes", "syns", "grants", "holders", "about")
-PROGRAMS = (
-    "up_handshake",
-    "up_steer",
-    "up_arm",
-    "up_disarm",
-    "up_sockets",
-    "up_release",
-    "up_list",
-    "up_drain",
-)
-#: BPF_MAP_TYPE_ARRAY, key and value size of the map `about`.
-_ABOUT_SIZES = (2, 4, ctypes.sizeof(abi.About))
-_HANDOFF_KEYS = {"handshakes": 8, "syns": 4}
-_LINK, _MAP_LINK = "link_handshake", "link_steer"
-_ZERO = ctypes.c_uint32(0)
+#: Generations that may still hold pairs beside the one in charge; each is called for every handshake.
+MOST_RETIRED = 4
 
 
 def up(
@@ -83,17 +67,19 @@ def up(
     cgroup = namespaces.check_cgroup(cgroup)
     namespaces.ensure_bpffs(pins)
     with pinning.locked(pins):
-        pinning.remove(pinning.scratch(pins))
+        _recover(pins)
         if pins.exists():
             try:
                 with Dataplane.open(pins) as plane:
                     if plane.attached:
-                        return plane.revive(cgroup)
-                    _replace(plane)
+                        _sweep(pins)
+                        return _revive(plane, cgroup)
+                _replace(pins)
             except NotLoaded:
                 _remove_unused(pins)
         about = knobs.about(cgroup, settings, faults, fionread_broken)
         _load(pinning.scratch(pins), about)
+        _apply_rules(pinning.scratch(pins), settings)
         pinning.scratch(pins).rename(pins)
         with contextlib.ExitStack() as undo:
             undo.callback(pinning.remove, pins)
@@ -105,15 +91,78 @@ def up(
     return True
 
 
+def upgrade(
+    pins: Path,
+    settings: Settings | None = None,
+    faults: Fault = Fault(0),
+    fionread_broken: bool | None = None,
+) -> int:
+    """Put a new generation of programs and maps in charge; open pairs stay with the old one.
+
+    Connections whose handshake is under way at this very moment stay on plain TCP.
+
+    Args:
+        pins: the generation to replace.
+        settings: sizes of the new one; None keeps those of the old one.
+        faults: rules to leave out, for tests.
+        fionread_broken: as for :func:`up`; None keeps what the old one has.
+
+    Returns:
+        Pairs that the old generations still hold. They go on until they close or drain.
+
+    Raises:
+        NotLoaded: nothing is live at ``pins``.
+        Unsupported: the kernel refuses the new programs.
+        UnderpassError: anything else. Whatever is raised: the old one serves on, unchanged.
+    """
+    namespaces.check_node()
+    if not pins.exists():
+        Dataplane.open(pins)  # says that nothing is pinned there
+    with pinning.locked(pins):
+        _recover(pins)
+        _sweep(pins)
+        with Dataplane.open(pins) as old:
+            if old.state == "draining" or not old.attached:
+                step = "run `underpass down` to finish, then `underpass up`"
+                raise UnderpassError("upgrade", pins, "it is on its way out", step)
+            _make_room(pins)
+            about = knobs.about(
+                old.cgroup,
+                settings or old.settings,
+                faults,
+                bool(old.about.knobs.fionread_broken)
+                if fionread_broken is None
+                else fionread_broken,
+                old.number + 1,
+            )
+            _load(pinning.scratch(pins), about, closed=True)
+            with contextlib.ExitStack() as undo:
+                undo.callback(pinning.remove, pinning.scratch(pins))
+                with Dataplane.open(pinning.scratch(pins)) as new:
+                    new.take_over_guard(old)
+                    if settings:
+                        _apply_rules(new.pins, settings)
+                    if old.state == "paused":
+                        new.set_paused(True)
+                    new.attach()
+                pinning.exchange(
+                    pins, pinning.scratch(pins)
+                )  # the new one is in charge from here on
+                undo.pop_all()
+        _complete_upgrade(pins)
+        _sweep(pins)
+        return sum(_open_pairs(path) for path in retired(pins))
+
+
 def down(
     pins: Path, timeout: float = 30.0, on_progress: Callable[[int], None] | None = None
 ) -> list[str]:
     """Leave with nothing lost: detach, all messages to TCP, take drained endpoints out, unpin.
 
     Args:
-        pins: the generation; none there is no error.
+        pins: the generation; none there is no error. Those that it replaced go, too.
         timeout: seconds to wait for readers to consume what waits for them.
-        on_progress: called with the number of endpoints still in the map.
+        on_progress: called with the number of endpoints still in the maps.
 
     Returns:
         The endpoints (text) that still hold unread bytes. They go on working; the generation
@@ -122,264 +171,104 @@ def down(
     if not any(path.exists() for path in (pins, pinning.scratch(pins), pinning.lock(pins))):
         return []
     with pinning.locked(pins):
-        pinning.remove(pinning.scratch(pins))
-        if not pins.exists():
-            return []
-        try:
-            plane = Dataplane.open(pins)
-        except NotLoaded:
-            _remove_unused(pins)
-            return []
-        with plane:
-            _refuse_foreign(pins)
-            left = plane.drain(timeout, on_progress)
-            if not left:
-                pins.rename(pinning.scratch(pins))
-        pinning.remove(pinning.scratch(pins))
-    return left
+        _recover(pins)
+        left = []
+        # the one in charge last: `down` again finds the others by it
+        for path in [*retired(pins), pins]:
+            if path.exists():
+                left += _take_down(path, pinning.scratch(pins), timeout, on_progress)
+        return left
 
 
-class Dataplane:
-    """A pinned generation, open for reading and steering. Use as a context manager."""
+def drain(plane: Dataplane, timeout: float, on_progress: Callable[[int], None] | None) -> list[str]:
+    """Take every endpoint out of the map that holds nothing unread; see :func:`down`."""
+    deadline = time.monotonic() + timeout
+    plane.set_draining(True)  # sock_ops stays attached: it frees stuck readers
+    if not plane.closed:
+        plane.disarm()
+    if plane.endpoints():
+        time.sleep(IN_FLIGHT_SECONDS)
+    while True:
+        left = plane.drain_step()
+        if on_progress:
+            on_progress(len(left))
+        if not left or time.monotonic() >= deadline:
+            break
+        time.sleep(0.05)
+    plane.release()
+    names = {ns.inode: ns.label for ns in namespaces.net_namespaces()} if left else {}
+    return [
+        f"{records.endpoint(r, names)} ({names.get(r.netns, '?')}): {r.unread} bytes unread"
+        for r in left
+    ]
 
-    def __init__(self, pins: Path) -> None:
-        self.pins = pins
-        self._fds: dict[str, libbpf.Fd] = {}
-        self.about = abi.About()
 
-    @classmethod
-    def open(cls, pins: Path) -> Dataplane:
-        """Open the generation at ``pins``.
+def pause(pins: Path, paused: bool) -> None:
+    """Send every message by TCP from now on, or let the shortcut be used again.
 
-        Raises:
-            NotLoaded: there is none, or not one of this version's ABI.
-            KernelError: it cannot be opened (no permission).
-        """
-        plane = cls(pins)
-        step = "use the underpass that loaded it, or remove it by hand if nothing uses it"
-        try:
-            sizes = libbpf.map_sizes(plane._fd("about"))
-        except KernelError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR):
-                raise NotLoaded(
-                    "open", pins, "no generation is pinned there", "run `underpass up`"
-                ) from None
-            raise
-        if sizes != _ABOUT_SIZES:  # before it is read: a larger value would not fit
-            raise UnderpassError("use", pins, "it is not a generation of this version", step)
-        libbpf.lookup(plane._fd("about"), _ZERO, plane.about)
-        if plane.about.abi != abi.ABI:
-            cause = f"its ABI is {plane.about.abi}, this is {abi.ABI}"
-            raise UnderpassError("use", pins, cause, step)
-        if missing := [name for name in (*_MAPS, *PROGRAMS) if not (pins / name).exists()]:
-            raise UnderpassError("use", pins, f"its pin {missing[0]} is missing", step)
-        return plane
+    Raises:
+        NotLoaded: nothing is live at ``pins``.
+        UnderpassError: it is draining, or an ``up`` or ``down`` is at work.
+    """
+    with Dataplane.open(pins) as plane, pinning.locked(pins, 1.0):
+        if plane.state == "draining":
+            act, step = "pause" if paused else "resume", "run `underpass down` to finish"
+            raise UnderpassError(act, pins, "it is draining", step)
+        for path in generations(pins):
+            with Dataplane.open(path) as each:
+                each.set_paused(paused)
 
-    def __enter__(self) -> Dataplane:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+def generations(pins: Path) -> list[Path]:
+    """The generation in charge and those before it that still hold pairs, the latest first."""
+    return [pins, *reversed(retired(pins))]
 
-    def close(self) -> None:
-        """Close the descriptors; the generation goes on."""
-        for fd in self._fds.values():
-            fd.close()
-        self._fds.clear()
 
-    def _fd(self, name: str) -> int:
-        if name not in self._fds:
-            self._fds[name] = libbpf.get(self.pins / name)
-        return self._fds[name].number
+def retired(pins: Path) -> list[Path]:
+    """Generations that were replaced and still hold pairs, the oldest first."""
+    found = pins.parent.glob(f"{pins.name}-old-[0-9]*") if pins.parent.is_dir() else ()
+    numbered = [(int(path.name.rpartition("-")[2]), path) for path in found]
+    return [path for _, path in sorted(numbered)]
 
-    # -- what it is ------------------------------------------------------------------------
 
-    @property
-    def cgroup(self) -> Path:
-        """The subtree that it is attached to."""
-        return Path(os.fsdecode(self.about.cgroup))
+def set_rule(pins: Path, name: str, rule: Rule) -> int:
+    """Allow or deny a program in all generations; see :meth:`Dataplane.set_rule`.
 
-    @property
-    def capacity(self) -> int:
-        """Pairs that fit at once."""
-        return int(self.about.capacity)
+    Raises:
+        NotLoaded: nothing is live at ``pins``.
+        Usage: ``name`` is no name of a program.
+    """
+    if not 0 < len(name.encode()) < 32 or "/" in name:
+        step = "give the name of its executable (31 bytes at most), or an id of `guard list`"
+        raise Usage("find program", repr(name), "it is neither a name nor an id", step)
+    with opened(pins) as planes:
+        return [plane.set_rule(name, rule) for plane in planes][0]
 
-    @property
-    def version(self) -> str:
-        """Version of the underpass that loaded it."""
-        return str(self.about.version.decode())
 
-    @property
-    def attached(self) -> bool:
-        """False if the cgroup that it was attached to has gone, or another took its name."""
-        try:
-            number, _ = namespaces.cgroup_id_and_level(self.cgroup)
-        except (OSError, ValueError):
-            return False
-        return bool(number == self.about.knobs.cgroup_id)
+def forget(pins: Path, name: str) -> int:
+    """Forget what is known of a program in all generations; see :meth:`Dataplane.forget`."""
+    with opened(pins) as planes:
+        return sum(plane.forget(name) for plane in planes)
 
-    @property
-    def state(self) -> str:
-        """``active``, ``paused`` or ``draining``."""
-        stop = self._control().stop
-        if stop == Reason.DRAINING or not (self.pins / _LINK).exists():
-            return "draining"
-        return "paused" if stop == Reason.PAUSED else "active"
 
-    def program_id(self) -> int:
-        """Id of its sock_ops program."""
-        return libbpf.program_id(self._fd("up_handshake"))
+@contextlib.contextmanager
+def opened(pins: Path) -> Iterator[list[Dataplane]]:
+    """All generations at ``pins``, the one in charge first, open for reading.
 
-    def counters(self) -> Counters:
-        """Totals since the generation was loaded."""
-        cpus = (abi.Counters * libbpf.possible_cpus())()
-        libbpf.lookup(self._fd("counters"), _ZERO, cpus)
-        messages = [sum(c.messages[r] for c in cpus) for r in Reason]
-        sockets = [sum(c.connections[r] for c in cpus) for r in Reason]
-        return Counters(
-            pairs_total=sockets[Reason.SHORTCUT],
-            shortcut_messages_total=messages[Reason.SHORTCUT],
-            shortcut_bytes_total=sum(c.shortcut_bytes for c in cpus),
-            tcp_messages_total={r.word: messages[r] for r in TCP_REASONS},
-            refused_total={r.word: sockets[r] for r in REFUSALS},
-        )
+    Raises:
+        NotLoaded: there is none.
+    """
+    with contextlib.ExitStack() as stack:
+        planes = [stack.enter_context(Dataplane.open(pins))]
+        for path in generations(pins)[1:]:
+            with contextlib.suppress(NotLoaded):  # it has been swept meanwhile
+                planes.append(stack.enter_context(Dataplane.open(path)))
+        yield planes
 
-    def endpoints(self) -> list[abi.Record]:
-        """Every endpoint in the map, as the kernel tells it."""
-        return list(abi.records(libbpf.iterate(self._fd("up_list"), self._fd("sockets"))))
 
-    def open_pairs(self) -> int:
-        """Number of pairs whose two endpoints are both in the map."""
-        return len(records.matched(self.endpoints()))
-
-    def pairs(self) -> list[Pair]:
-        """Open pairs, with the state of both directions."""
-        names = {ns.inode: ns.label for ns in namespaces.net_namespaces()}
-        return [records.pair(*ends, names) for ends in records.matched(self.endpoints())]
-
-    def sockets(self) -> list[Socket]:
-        """Every TCP socket of every network namespace, for `explain`."""
-        held = {record.cookie for record in self.endpoints()}
-        found = []
-        for namespace in namespaces.net_namespaces():
-            data = namespaces.in_namespace(
-                namespace, lambda: libbpf.iterate(self._fd("up_sockets"))
-            )
-            names = {namespace.inode: namespace.label}
-            found += [records.socket_of(record, names, held) for record in abi.records(data or b"")]
-        return found
-
-    def leftovers(self) -> dict[str, int]:
-        """Entries in the handoff maps; all 0 once every handshake is over."""
-        return {name: libbpf.count_keys(self._fd(name), n) for name, n in _HANDOFF_KEYS.items()}
-
-    # -- steering --------------------------------------------------------------------------
-
-    def _control(self) -> abi.Control:
-        control = abi.Control()
-        libbpf.lookup(self._fd("control"), _ZERO, control)
-        return control
-
-    def _set_stop(self, reason: int) -> None:
-        control = self._control()
-        control.stop = reason
-        libbpf.update(self._fd("control"), _ZERO, control)
-
-    def set_paused(self, paused: bool) -> None:
-        """Send every message by TCP from now on, or let the shortcut be used again.
-
-        Raises:
-            UnderpassError: the generation is draining, or an ``up`` or ``down`` is at work.
-        """
-        act = "pause" if paused else "resume"
-        with pinning.locked(self.pins, 1.0):
-            if self.state == "draining":
-                step = "run `underpass down` to finish"
-                raise UnderpassError(act, self.pins, "it is draining", step)
-            self._set_stop(Reason.PAUSED if paused else 0)
-
-    def set_forced(self, share: float) -> None:
-        """For tests: force about this share (0 to 1) of all messages onto TCP, at random."""
-        control = self._control()
-        control.forced = round(share * 65536)
-        libbpf.update(self._fd("control"), _ZERO, control)
-
-    def attach(self) -> None:
-        """Attach sock_ops to the subtree and pin the link: the generation is live.
-
-        Raises:
-            KernelError: the kernel refuses, as when another program holds the cgroup alone.
-        """
-        fd = os.open(self.cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        with libbpf.Fd(fd) as cgroup:
-            try:
-                link = libbpf.attach_cgroup(self._fd("up_handshake"), cgroup.number)
-            except KernelError as error:
-                raise _attach_error(error, self.cgroup, cgroup.number) from None
-        with link:
-            libbpf.pin(link.number, self.pins / _LINK)
-
-    def arm_listeners(self) -> None:
-        """Let the listeners that already stand answer SYNs with the proof callback."""
-        self._in_all_namespaces("up_arm")
-
-    def _in_all_namespaces(self, program: str) -> None:
-        fd = self._fd(program)
-        for namespace in namespaces.net_namespaces():
-            namespaces.in_namespace(namespace, lambda: libbpf.iterate(fd))
-
-    def revive(self, cgroup: Path) -> bool:
-        """``up`` where a generation is pinned: finish a half-made or draining one.
-
-        Returns:
-            True if something changed.
-
-        Raises:
-            UnderpassError: it is for another cgroup.
-        """
-        if cgroup != self.cgroup:
-            cause = f"a generation for {self.cgroup} is pinned at {self.pins}"
-            raise UnderpassError("bring up", cgroup, cause, "run `underpass down` first")
-        changed = self.state == "draining"
-        if changed:
-            self._set_stop(0)
-            if not (self.pins / _LINK).exists():
-                self.attach()
-        self.arm_listeners()
-        return changed
-
-    def drain(self, timeout: float, on_progress: Callable[[int], None] | None) -> list[str]:
-        """Take every endpoint out of the map that holds nothing unread; see :func:`down`."""
-        deadline = time.monotonic() + timeout
-        self._set_stop(Reason.DRAINING)  # sock_ops stays attached: it frees stuck readers
-        self._in_all_namespaces("up_disarm")
-        busy = bool(self.endpoints())
-        if busy:
-            time.sleep(IN_FLIGHT_SECONDS)
-        while True:
-            left = list(abi.records(libbpf.iterate(self._fd("up_drain"), self._fd("sockets"))))
-            if on_progress:
-                on_progress(len(left))
-            if not left or time.monotonic() >= deadline:
-                break
-            time.sleep(0.05)
-        if busy:
-            self._in_all_namespaces("up_release")
-        link = self.pins / _LINK
-        if not left and link.exists():
-            with libbpf.get(link) as fd:
-                libbpf.detach(fd.number)
-            link.unlink()
-        names = {ns.inode: ns.label for ns in namespaces.net_namespaces()} if left else {}
-        return [
-            f"{records.endpoint(r, names)} ({names.get(r.netns, '?')}): {r.unread} bytes unread"
-            for r in left
-        ]
+def counters(planes: list[Dataplane]) -> Counters:
+    """Totals of all generations since the first of them."""
+    return records.counters(abi.add_up(plane.totals() for plane in planes))
 
 
 def try_load(program: str) -> None:
@@ -396,12 +285,12 @@ def try_load(program: str) -> None:
 
 
 def own_programs(pins: Path) -> set[int]:
-    """Ids of the sock_ops programs that the generation at ``pins`` has attached."""
-    try:
-        with Dataplane.open(pins) as plane:
-            return {plane.program_id()}
-    except UnderpassError:
-        return set()
+    """Ids of the sock_ops programs that the generations at ``pins`` have attached."""
+    found = set()
+    for path in generations(pins):
+        with contextlib.suppress(UnderpassError), Dataplane.open(path) as plane:
+            found.add(plane.program_id())
+    return found
 
 
 def attached(cgroup: Path) -> list[int]:
@@ -410,55 +299,156 @@ def attached(cgroup: Path) -> list[int]:
         return libbpf.attached(fd.number)
 
 
-# -- making and removing ---------------------------------------------------------------------
+# -- making ----------------------------------------------------------------------------------
 
 
-def _load(scratch: Path, about: abi.About) -> None:
+def _load(scratch: Path, about: abi.About, *, closed: bool = False) -> None:
     """Load the object and pin its maps and programs in ``scratch``; all or nothing."""
     with contextlib.ExitStack() as undo, libbpf.Object(OBJECT) as loaded:
         loaded.set_entries("sockets", 2 * about.capacity)
         loaded.set_entries("grants", about.knobs.grants)
         loaded.set_constants(".rodata.knobs", about.knobs)
         loaded.load()
-        libbpf.update(loaded.map("about"), _ZERO, about)
+        zero = ctypes.c_uint32(0)
+        libbpf.update(loaded.map("about"), zero, about)
+        libbpf.update(loaded.map("control"), zero, abi.Control(closed=closed))
         try:
             scratch.mkdir(mode=0o700)
         except OSError as error:
             raise KernelError("make", scratch, error.errno or 0, "check bpffs") from None
         undo.callback(pinning.remove, scratch)
-        for name in _MAPS:
+        for name in MAPS:
             libbpf.pin(loaded.map(name), scratch / name)
         for name in PROGRAMS:
             libbpf.pin(loaded.program(name), scratch / name)
         link = libbpf.attach_map(loaded.program("up_steer"), loaded.map("sockets"))
         if link:
             with link:
-                libbpf.pin(link.number, scratch / _MAP_LINK)
+                libbpf.pin(link.number, scratch / MAP_LINK)
         undo.pop_all()
 
 
-def _attach_error(error: KernelError, cgroup: Path, fd: int) -> KernelError:
-    """Name the program that is in the way, if one is."""
-    if error.errno not in (errno.EPERM, errno.EBUSY):
-        return error
-    others = []
-    with contextlib.suppress(KernelError):
-        others = [f"{libbpf.program_name(n)} (id {n})" for n in libbpf.attached(fd)]
-    detail = f"held by sock_ops program {', '.join(others)}" if others else ""
-    step = "detach it, or attach it with BPF_F_ALLOW_MULTI"
-    return KernelError("attach sock_ops to", cgroup, error.errno, step, detail)
+def _apply_rules(pins: Path, settings: Settings) -> None:
+    with Dataplane.open(pins) as plane:
+        for rule, names in ((Rule.ALLOW, settings.allow), (Rule.DENY, settings.deny)):
+            for name in names:
+                plane.set_rule(name, rule)
 
 
-def _replace(plane: Dataplane) -> None:
+def _revive(plane: Dataplane, cgroup: Path) -> bool:
+    """``up`` where a generation is pinned: finish a half-made or draining one.
+
+    Returns:
+        True if something changed.
+
+    Raises:
+        UnderpassError: it is for another cgroup.
+    """
+    if cgroup != plane.cgroup:
+        cause = f"a generation for {plane.cgroup} is pinned at {plane.pins}"
+        raise UnderpassError("bring up", cgroup, cause, "run `underpass down` first")
+    changed = plane.state == "draining"
+    if changed:
+        plane.set_draining(False)
+        if not (plane.pins / LINK).exists():
+            plane.attach()
+    plane.arm_listeners()
+    return changed
+
+
+# -- upgrading -------------------------------------------------------------------------------
+
+
+def _complete_upgrade(pins: Path) -> None:
+    """The new generation is at ``pins``, the old one at the scratch place: open one, close the other."""
+    scratch = pinning.scratch(pins)
+    with Dataplane.open(pins) as new, Dataplane.open(scratch) as old:
+        old.set_closed(True)
+        new.set_closed(False)
+        new.arm_listeners(before=old)
+        scratch.rename(pins.with_name(f"{pins.name}-old-{old.number}"))
+
+
+def _recover(pins: Path) -> None:
+    """Complete or clear what an ``up``, ``upgrade`` or ``down`` left that was killed."""
+    scratch = pinning.scratch(pins)
+    if pins.exists() and (scratch / LINK).exists():
+        with Dataplane.open(pins) as plane, Dataplane.open(scratch) as other:
+            exchanged = other.number < plane.number
+        if exchanged:
+            _complete_upgrade(pins)
+    pinning.remove(scratch)  # unless it has just been renamed: nothing uses it
+
+
+def _sweep(pins: Path) -> None:
+    """Remove retired generations whose pairs have all closed; the one in charge inherits their totals."""
+    for path in retired(pins):
+        with Dataplane.open(path) as plane:
+            if plane.endpoints():
+                continue
+        _retire(pins, path)
+
+
+def _retire(pins: Path, path: Path) -> None:
+    with Dataplane.open(path) as plane, Dataplane.open(pins) as heir:
+        plane.detach()
+        plane.release()
+        heir.inherit(plane.totals())
+        path.rename(pinning.scratch(pins))
+    pinning.remove(pinning.scratch(pins))
+
+
+def _make_room(pins: Path) -> None:
+    """Drain the oldest retired generation if there are as many as may be: its pairs go on by TCP.
+
+    Raises:
+        UnderpassError: its readers do not read what waits for them.
+    """
+    while len(old := retired(pins)) >= MOST_RETIRED:
+        with Dataplane.open(old[0]) as plane:
+            left = drain(plane, 5.0, None)
+        if left:
+            cause = f"{len(old)} earlier generations hold pairs, and of the oldest {left[0]}"
+            raise UnderpassError("upgrade", pins, cause, "let it read, or close it, and try again")
+        _retire(pins, old[0])
+
+
+def _open_pairs(path: Path) -> int:
+    with Dataplane.open(path) as plane:
+        return plane.open_pairs()
+
+
+# -- leaving ---------------------------------------------------------------------------------
+
+
+def _take_down(
+    path: Path, scratch: Path, timeout: float, on_progress: Callable[[int], None] | None
+) -> list[str]:
+    try:
+        plane = Dataplane.open(path)
+    except NotLoaded:
+        _remove_unused(path)
+        return []
+    with plane:
+        _refuse_foreign(path)
+        left = drain(plane, timeout, on_progress)
+        if not left:
+            plane.detach()
+            path.rename(scratch)
+    pinning.remove(scratch)
+    return left
+
+
+def _replace(pins: Path) -> None:
     """Drain and unpin a generation whose cgroup has gone.
 
     Raises:
         UnderpassError: it holds endpoints with unread bytes.
     """
-    if plane.drain(5.0, None):
-        cause = f"its cgroup {plane.cgroup} has gone, and endpoints still hold unread bytes"
-        raise UnderpassError("replace", plane.pins, cause, "run `underpass down`, then up again")
-    pinning.remove(plane.pins)
+    for path in [*retired(pins), pins]:
+        if _take_down(path, pinning.scratch(pins), 5.0, None):
+            cause = "its cgroup has gone, and endpoints still hold unread bytes"
+            raise UnderpassError("replace", pins, cause, "run `underpass down`, then up again")
 
 
 def _remove_unused(pins: Path) -> None:
@@ -471,13 +461,13 @@ def _remove_unused(pins: Path) -> None:
     if not pins.is_dir():
         raise UnderpassError("use", pins, "it is not a directory", step)
     _refuse_foreign(pins)
-    if (pins / _LINK).exists():
+    if (pins / LINK).exists():
         raise UnderpassError("clear", pins, "it is attached, but not described", step)
     pinning.remove(pins)
 
 
 def _refuse_foreign(pins: Path) -> None:
     names = {entry.name for entry in pins.iterdir()}
-    if foreign := sorted(names.difference(_MAPS, PROGRAMS, (_LINK, _MAP_LINK))):
+    if foreign := sorted(names.difference(MAPS, PROGRAMS, (LINK, MAP_LINK, WATCH_LINK))):
         cause, step = f"{foreign[0]} in it is not of underpass", f"move {pins / foreign[0]} away"
         raise UnderpassError("clear", pins, cause, step)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from underpass import dataplane, libbpf, namespaces, selftest
+from underpass import dataplane, generation, libbpf, namespaces, selftest
 from underpass.errors import UnderpassError, Unsupported
 
 _FLOOR = (6, 1)
@@ -105,7 +105,7 @@ def _tried(group: str, name: str, action: Callable[[], str]) -> Check:
 
 def _programs() -> Iterator[Check]:
     """Load each program by itself: the only probe that counts."""
-    for name in dataplane.PROGRAMS:
+    for name in generation.PROGRAMS:
         try:
             dataplane.try_load(name)
         except UnderpassError as error:

@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 from underpass import __version__, abi, namespaces
+from underpass.errors import Unsupported
 from underpass.model import Fault, Settings
 
 
-def about(cgroup: Path, settings: Settings, faults: Fault, fionread_broken: bool) -> abi.About:
-    """What the generation for ``cgroup`` is described as and loaded with."""
+#: Numbers of the system calls that tell of a program, by machine: the fields of `abi.Calls`.
+_CALLS = {
+    "x86_64": (275, 45, 47, 299, 44, 46, 307),
+    "aarch64": (76, 207, 212, 243, 206, 211, 269),
+    "riscv64": (76, 207, 212, 243, 206, 211, 269),
+}
+
+
+def about(
+    cgroup: Path,
+    settings: Settings,
+    faults: Fault,
+    fionread_broken: bool,
+    generation: int = 1,
+) -> abi.About:
+    """What the generation for ``cgroup`` is described as and loaded with.
+
+    Raises:
+        Unsupported: this machine's system calls are not known.
+    """
+    machine = platform.machine()
+    if machine not in _CALLS:
+        step = f"use one of {', '.join(_CALLS)}"
+        raise Unsupported("watch system calls on", machine, "their numbers are not known", step)
     number, level = namespaces.cgroup_id_and_level(cgroup)
     pages = os.sysconf("SC_PHYS_PAGES")
     node = settings.node_budget_bytes or pages * os.sysconf("SC_PAGE_SIZE") // 16
@@ -30,13 +54,30 @@ def about(cgroup: Path, settings: Settings, faults: Fault, fionread_broken: bool
         fionread_broken=fionread_broken,
         memory_pages=_memory_limit(),
         recv_wake=_symbol("woken_wake_function"),
+        observe_ns=0 if settings.admit_unknown else round(settings.observe_seconds * 1e9),
+        calls=abi.Calls(*_CALLS[machine]),
     )
     return abi.About(
         abi=abi.ABI,
         capacity=settings.capacity,
+        generation=generation,
+        node_budget=settings.node_budget_bytes,
         knobs=knobs,
         version=__version__.encode(),
         cgroup=os.fsencode(cgroup),
+    )
+
+
+def settings_of(about: abi.About) -> Settings:
+    """The settings that a generation was loaded with."""
+    seconds = about.knobs.observe_ns / 1e9
+    return Settings(
+        capacity=about.capacity,
+        budget_bytes=about.knobs.budget_bytes,
+        budget_messages=about.knobs.budget_messages,
+        node_budget_bytes=about.node_budget,
+        observe_seconds=seconds or Settings.observe_seconds,
+        admit_unknown=seconds == 0,
     )
 
 

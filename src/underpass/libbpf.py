@@ -11,9 +11,10 @@ import functools
 import os
 import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar, Union, cast
 
 from underpass.errors import KernelError, Unsupported
 
@@ -21,6 +22,11 @@ BPF_CGROUP_SOCK_OPS = 3
 BPF_SK_MSG_VERDICT = 7
 BPF_TRACE_ITER = 28
 _LOG_LINES = 12
+_MOST_KEYS = 1 << 20  # a map that changes under the walk may show keys again
+
+_Value = Union[ctypes.Structure, "ctypes._SimpleCData[int]"]  # noqa: UP007 (no [] at run time)
+Key = TypeVar("Key", bound=_Value)
+Element = TypeVar("Element", bound=_Value)
 
 _PRINT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
@@ -134,6 +140,8 @@ def _library() -> tuple[Any, _Log]:
             [ctypes.c_int, ctypes.c_int, ctypes.c_int, pointer],
         ),
         ("bpf_link_detach", ctypes.c_int, [ctypes.c_int]),
+        ("bpf_raw_tracepoint_open", ctypes.c_int, [ctypes.c_char_p, ctypes.c_int]),
+        ("bpf_map_delete_elem", ctypes.c_int, [ctypes.c_int, pointer]),
         ("bpf_iter_create", ctypes.c_int, [ctypes.c_int]),
         (
             "bpf_prog_attach",
@@ -252,9 +260,7 @@ def map_sizes(fd: int) -> tuple[int, int, int]:
     return kind, key, value
 
 
-def lookup(
-    fd: int, key: ctypes._SimpleCData[int], value: ctypes.Array[Any] | ctypes.Structure
-) -> bool:
+def lookup(fd: int, key: _Value, value: _Value | ctypes.Array[Any]) -> bool:
     """Read one element into ``value``; False if there is none."""
     lib, _ = _library()
     result = lib.bpf_map_lookup_elem(fd, ctypes.byref(key), ctypes.byref(value))
@@ -264,20 +270,46 @@ def lookup(
     return True
 
 
-def update(fd: int, key: ctypes._SimpleCData[int], value: ctypes.Structure) -> None:
-    """Write one element."""
+def update(
+    fd: int, key: _Value, value: _Value | ctypes.Array[Any], *, only_new: bool = False
+) -> bool:
+    """Write one element; ``only_new``: unless it is there already, then False."""
     lib, _ = _library()
-    result = lib.bpf_map_update_elem(fd, ctypes.byref(key), ctypes.byref(value), 0)
+    result = lib.bpf_map_update_elem(fd, ctypes.byref(key), ctypes.byref(value), int(only_new))
+    if only_new and result == -errno.EEXIST:
+        return False
     _check(result, "write map", f"fd {fd}", "run `underpass doctor`")
+    return True
 
 
-def count_keys(fd: int, key_size: int) -> int:
-    """Number of elements of a hash map (a moment's view)."""
+def delete(fd: int, key: _Value) -> bool:
+    """Delete one element; False if there was none."""
     lib, _ = _library()
-    key, following, total = None, ctypes.create_string_buffer(key_size), 0
-    while lib.bpf_map_get_next_key(fd, key, following) == 0:
-        key, total = ctypes.create_string_buffer(following.raw, key_size), total + 1
-    return total
+    result = lib.bpf_map_delete_elem(fd, ctypes.byref(key))
+    if result == -errno.ENOENT:
+        return False
+    _check(result, "delete from map", f"fd {fd}", "run `underpass doctor`")
+    return True
+
+
+def keys(fd: int, key_size: int) -> list[bytes]:
+    """The keys of a hash map (a moment's view)."""
+    lib, _ = _library()
+    found: list[bytes] = []
+    key, following = None, ctypes.create_string_buffer(key_size)
+    while lib.bpf_map_get_next_key(fd, key, following) == 0 and len(found) < _MOST_KEYS:
+        key = ctypes.create_string_buffer(following.raw, key_size)
+        found.append(following.raw)
+    return found
+
+
+def items(fd: int, key: type[Key], value: type[Element]) -> Iterator[tuple[Key, Element]]:
+    """Keys and values of a hash map; elements that go meanwhile are left out."""
+    for raw in keys(fd, ctypes.sizeof(key)):
+        at = key.from_buffer_copy(raw)
+        found = value()
+        if lookup(fd, at, found):
+            yield cast(Key, at), found
 
 
 def version() -> str:
@@ -308,6 +340,13 @@ def attach_map(program: int, sockets: int) -> Fd | None:
     result = lib.bpf_prog_attach(program, sockets, BPF_SK_MSG_VERDICT, 0)
     _check(result, "attach sk_msg to", "the sockhash", "run `underpass doctor`")
     return None
+
+
+def attach_tracepoint(program: int) -> Fd:
+    """Attach a ``tp_btf`` program to its tracepoint (``bpf_link``); lives as long as the link."""
+    lib, _ = _library()
+    result = lib.bpf_raw_tracepoint_open(None, program)
+    return Fd(_check(result, "watch", "system calls", "run `underpass doctor`"))
 
 
 def detach(link: int) -> None:

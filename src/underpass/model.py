@@ -41,23 +41,35 @@ class Reason(enum.IntEnum):
     ULP = 11, "ulp", "kTLS or another upper layer protocol took one of the sockets"
     RCVLOWAT = 12, "rcvlowat", "the reader set SO_RCVLOWAT above 1"
     PEEK_OFF = 13, "peek-off", "the reader set SO_PEEK_OFF"
-    PAUSED = 14, "paused", "`underpass pause` is in force"
-    DRAINING = 15, "draining", "`underpass down` is under way"
-    FORCED = 16, "forced", "a test asked for TCP"
-    NO_STATE = 17, "no-state", "the endpoint's own state could not be read"
-    NOT_LOCAL = 18, "not-local", "no listener of this node answered the client"
-    REMOTE_CLIENT = 19, "remote-client", "the client is not on this node"
-    AMBIGUOUS = 20, "ambiguous", "two handshakes at the same moment look alike"
-    ADDRESS_MISMATCH = 21, "address-mismatch", "the numbers mirror, the addresses do not agree"
-    SELF_CONNECT = 22, "self-connect", "the socket talks to itself"
-    MAP_FULL = 23, "map-full", "the map of sockets is at its capacity"
-    SOCKET_BUSY = 24, "socket-busy", "another product holds the socket in a sockmap"
-    NOT_SUITABLE = 25, "not-suitable", "the kernel refused the socket (ULP, MPTCP or its state)"
-    NO_MEMORY = 26, "no-memory", "there was no memory for the endpoint's state"
-    PEER_REFUSED = 27, "peer-refused", "the other end of a proven pair could not enter the map"
-    READER_STUCK = 28, "reader-stuck", "it left: its reader had missed TCP bytes behind other bytes"
-    TCP_FIRST = 29, "tcp-first", "it left: the client spoke by TCP before the pair was made"
-    HALF_CLOSED = 30, "half-closed", "it left: it has shut its sending side down"
+    ZEROCOPY = 14, "zerocopy", "the sender set SO_ZEROCOPY"
+    MARKED = 15, "marked", "one end was just used in a way that only TCP serves; it leaves"
+    PAUSED = 16, "paused", "`underpass pause` is in force"
+    DRAINING = 17, "draining", "`underpass down` is under way"
+    FORCED = 18, "forced", "a test asked for TCP"
+    NO_STATE = 19, "no-state", "the endpoint's own state could not be read"
+    NOT_LOCAL = 20, "not-local", "no listener of this node answered the client"
+    REMOTE_CLIENT = 21, "remote-client", "the client is not on this node"
+    AMBIGUOUS = 22, "ambiguous", "two handshakes at the same moment look alike"
+    ADDRESS_MISMATCH = 23, "address-mismatch", "the numbers mirror, the addresses do not agree"
+    SELF_CONNECT = 24, "self-connect", "the socket talks to itself"
+    MAP_FULL = 25, "map-full", "the map of sockets is at its capacity"
+    SOCKET_BUSY = 26, "socket-busy", "another product holds the socket in a sockmap"
+    NOT_SUITABLE = 27, "not-suitable", "the kernel refused the socket (ULP, MPTCP or its state)"
+    NO_MEMORY = 28, "no-memory", "there was no memory for the endpoint's state"
+    PEER_REFUSED = 29, "peer-refused", "the other end of a proven pair could not enter the map"
+    READER_STUCK = 30, "reader-stuck", "it left: its reader had missed TCP bytes behind other bytes"
+    TCP_FIRST = 31, "tcp-first", "it left: the client spoke by TCP before the pair was made"
+    HALF_CLOSED = 32, "half-closed", "it left: it has shut its sending side down"
+    OBSERVED = (
+        33,
+        "observed",
+        "one end's program has not been watched for long enough (`underpass guard list`)",
+    )
+    GUARDED = (
+        34,
+        "guarded",
+        "one end's program does what only TCP serves, or is denied (`underpass guard list`)",
+    )
 
 
 #: Every reason, by its number.
@@ -82,6 +94,44 @@ class Fault(enum.IntFlag):
     STALE_PEER = 1 << 8
 
 
+class Sign(enum.IntFlag):
+    """What a program was seen to use that the shortcut cannot serve (``enum up_sign``)."""
+
+    SPLICE = 1 << 0
+    WAITALL = 1 << 1
+    OOB = 1 << 2
+    TRUNC = 1 << 3
+    ZEROCOPY = 1 << 4
+    RCVLOWAT = 1 << 5
+    ULP = 1 << 6
+    MPTCP = 1 << 7
+
+    @property
+    def words(self) -> list[str]:
+        """The word of every sign in it, as people see it."""
+        return [_SIGN_WORDS[sign] for sign in self]
+
+
+_SIGN_WORDS = {
+    Sign.SPLICE: "splice",
+    Sign.WAITALL: "msg-waitall",
+    Sign.OOB: "msg-oob",
+    Sign.TRUNC: "msg-trunc",
+    Sign.ZEROCOPY: "msg-zerocopy",
+    Sign.RCVLOWAT: "so-rcvlowat",
+    Sign.ULP: "tcp-ulp",
+    Sign.MPTCP: "mptcp",
+}
+
+
+class Rule(enum.IntEnum):
+    """What an administrator said of a program (``enum up_rule``)."""
+
+    NONE = 0
+    ALLOW = 1
+    DENY = 2
+
+
 @dataclass(frozen=True)
 class Settings:
     """Sizes of one generation.
@@ -92,12 +142,21 @@ class Settings:
         budget_messages: messages that may wait unread in one direction.
         node_budget_bytes: bytes that all deep queues of the node may hold together; 0 chooses
             a sixteenth of the memory.
+        observe_seconds: how long a program must have run before its connections may take the
+            shortcut, a pause counting at most a second.
+        admit_unknown: admit programs at once, watched or not.
+        allow: names of programs that may take the shortcut whatever they do.
+        deny: names of programs that stay on TCP.
     """
 
     capacity: int = 65536
     budget_bytes: int = 16 << 20
     budget_messages: int = 8192
     node_budget_bytes: int = 0
+    observe_seconds: float = 10.0
+    admit_unknown: bool = False
+    allow: tuple[str, ...] = ()
+    deny: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -148,6 +207,31 @@ class Counters:
     shortcut_bytes_total: int
     tcp_messages_total: dict[str, int]
     refused_total: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program that the guard knows.
+
+    Attributes:
+        id: its identity, hexadecimal.
+        name: of its executable.
+        command: how its arguments begin.
+        by_arguments: it is an interpreter: the arguments are part of its identity.
+        verdict: ``watched``, ``admitted``, ``kept-out``, ``allowed`` or ``denied``.
+        reasons: words of what it was seen to use, or ``rule``.
+        observed_seconds: how long it has run under watch.
+        pid: the process that was seen first.
+    """
+
+    id: str
+    name: str
+    command: str
+    by_arguments: bool
+    verdict: str
+    reasons: list[str]
+    observed_seconds: float
+    pid: int
 
 
 @dataclass(frozen=True)

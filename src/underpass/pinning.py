@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import time
@@ -11,6 +12,8 @@ from pathlib import Path
 
 from underpass import libbpf
 from underpass.errors import KernelError, UnderpassError
+
+_AT_FDCWD, _EXCHANGE = -100, 2
 
 
 def scratch(pins: Path) -> Path:
@@ -70,3 +73,10 @@ def _flock(fd: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Let two pin directories swap names in one step (``RENAME_EXCHANGE``, bpffs since 5.16)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _EXCHANGE):
+        raise KernelError("exchange", one, ctypes.get_errno(), "check bpffs")

@@ -3,7 +3,28 @@
 from __future__ import annotations
 
 from underpass import abi
-from underpass.model import REASONS, Direction, Endpoint, Pair, Reason, Socket
+from underpass.model import (
+    REASONS,
+    REFUSALS,
+    TCP_REASONS,
+    Counters,
+    Direction,
+    Endpoint,
+    Pair,
+    Reason,
+    Socket,
+)
+
+
+def counters(total: abi.Counters) -> Counters:
+    """Totals, by the words of their reasons."""
+    return Counters(
+        pairs_total=total.connections[Reason.SHORTCUT],
+        shortcut_messages_total=total.messages[Reason.SHORTCUT],
+        shortcut_bytes_total=total.shortcut_bytes,
+        tcp_messages_total={r.word: total.messages[r] for r in TCP_REASONS},
+        refused_total={r.word: total.connections[r] for r in REFUSALS},
+    )
 
 
 def matched(endpoints: list[abi.Record]) -> list[tuple[abi.Record, abi.Record]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Protocol
 
 import pytest
@@ -20,7 +21,10 @@ from underpass.model import Fault, Settings
 class MakePlane(Protocol):
     """Loads the data plane on the bed's cgroup."""
 
-    def __call__(self, settings: Settings = ..., faults: Fault = ...) -> Dataplane: ...
+    def __call__(
+        self, settings: Settings = ..., faults: Fault = ..., *, watch: bool = ...
+    ) -> Dataplane:
+        """`watch`: programs are watched before they are admitted, as in life."""
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +49,11 @@ def plane(bed: Bed) -> Iterator[MakePlane]:
     """Load the data plane for the test; afterwards take it down and see that nothing is left."""
     opened = contextlib.ExitStack()
 
-    def make(settings: Settings = Settings(), faults: Fault = Fault(0)) -> Dataplane:
+    def make(
+        settings: Settings = Settings(), faults: Fault = Fault(0), *, watch: bool = False
+    ) -> Dataplane:
+        if not watch:
+            settings = replace(settings, admit_unknown=True)
         dataplane.up(bed.pins, bed.cgroup, settings, faults)
         return opened.enter_context(Dataplane.open(bed.pins))
 

@@ -24,7 +24,7 @@ from underpass.bench.processes import Group, listens, wait_for
 from underpass.bench.programs import Measure, Workload
 from underpass.dataplane import Dataplane
 from underpass.errors import NotLoaded, UnderpassError
-from underpass.model import Counters
+from underpass.model import Counters, Settings
 
 #: A program may take this much longer than it was asked to run, then it is ended.
 _GRACE = 30.0
@@ -74,7 +74,7 @@ def refuse_if_covered(cgroup: Path, pins: Sequence[Path]) -> None:
 def generation(bed: Bed) -> Iterator[Dataplane]:
     """A generation of the benchmark's own, for its shortcut cgroup only."""
     try:
-        dataplane.up(bed.pins, bed.shortcut.path)
+        dataplane.up(bed.pins, bed.shortcut.path, Settings(admit_unknown=True))
         with Dataplane.open(bed.pins) as plane:
             yield plane
     finally:

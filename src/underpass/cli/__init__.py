@@ -16,12 +16,14 @@ from underpass.errors import UnderpassError
 #: Command -> module of this package that holds it, imported when it is used.
 _COMMANDS = {
     "up": "up",
+    "upgrade": "upgrade",
     "down": "down",
     "status": "status",
     "connections": "connections",
     "explain": "explain",
     "pause": "pause",
     "resume": "pause",
+    "guard": "guard",
     "doctor": "doctor",
     "bench": "bench",
 }

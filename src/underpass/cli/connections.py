@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 from rich.table import Table
 
+from underpass import dataplane
 from underpass.cli import output
-from underpass.dataplane import Dataplane
 from underpass.errors import NotLoaded
 from underpass.model import Direction, Pair, Reason
 
@@ -21,8 +21,8 @@ def connections(pins: Path, as_json: bool) -> None:
     pairs: list[Pair] = []
     up = True
     try:
-        with Dataplane.open(pins) as plane:
-            pairs = plane.pairs()
+        with dataplane.opened(pins) as planes:
+            pairs = [pair for plane in planes for pair in plane.pairs()]
     except NotLoaded:
         up = False
     if as_json:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
+from underpass import dataplane
 from underpass import explain as words
 from underpass.cli import output
-from underpass.dataplane import Dataplane
 from underpass.errors import NotLoaded
 from underpass.model import Pair, Socket
 
@@ -29,8 +30,11 @@ def explain(pins: Path, client: str, server: str, as_json: bool) -> None:
     sockets: list[Socket] = []
     state = "absent"
     try:
-        with Dataplane.open(pins) as plane:
-            state, pairs, sockets = plane.state, plane.pairs(), plane.sockets()
+        with dataplane.opened(pins) as planes:
+            state, sockets = planes[0].state, planes[0].sockets()
+            held = {e.cookie for plane in planes for e in plane.endpoints()}
+            sockets = [replace(s, in_map=s.cookie in held and s.cookie != 0) for s in sockets]
+            pairs = [pair for plane in planes for pair in plane.pairs()]
     except NotLoaded:
         pass
     findings = words.explain(one, other, state, pairs, sockets)

@@ -6,15 +6,14 @@ from pathlib import Path
 
 import click
 
-from underpass.dataplane import Dataplane
+from underpass import dataplane
 
 
 @click.command()
 @click.pass_obj
 def pause(pins: Path) -> None:
     """Send everything by TCP at once; pairs are kept, nothing is lost."""
-    with Dataplane.open(pins) as plane:
-        plane.set_paused(True)
+    dataplane.pause(pins, True)
     click.echo("underpass is paused: every message takes TCP; `underpass resume` goes back")
 
 
@@ -22,6 +21,5 @@ def pause(pins: Path) -> None:
 @click.pass_obj
 def resume(pins: Path) -> None:
     """Let pairs use the shortcut again, each once its reader has read what went by TCP."""
-    with Dataplane.open(pins) as plane:
-        plane.set_paused(False)
+    dataplane.pause(pins, False)
     click.echo("underpass is active")

@@ -8,9 +8,8 @@ from typing import Any
 import click
 from rich.table import Table
 
-from underpass import __version__
+from underpass import __version__, dataplane
 from underpass.cli import output
-from underpass.dataplane import Dataplane
 from underpass.errors import NotLoaded
 from underpass.model import REFUSALS, TCP_REASONS, Counters
 
@@ -20,7 +19,23 @@ _NOTHING = Counters(0, 0, 0, {r.word: 0 for r in TCP_REASONS}, {r.word: 0 for r 
 def read(pins: Path) -> dict[str, Any]:
     """What `status --json` prints."""
     try:
-        plane = Dataplane.open(pins)
+        with dataplane.opened(pins) as planes:
+            plane = planes[0]
+            each = [
+                {"pins": str(p.pins), "generation": p.number, "version": p.version, "open_pairs": n}
+                for p, n in ((p, p.open_pairs()) for p in planes)
+            ]
+            return {
+                "state": plane.state,
+                "cgroup": str(plane.cgroup),
+                "version": plane.version,
+                "counters": dataplane.counters(planes),
+                "open_pairs": sum(p["open_pairs"] for p in each),
+                "capacity": plane.capacity,
+                "attached": plane.attached,
+                "pins": str(pins),
+                "generations": each,
+            }
     except NotLoaded:
         return {
             "state": "absent",
@@ -31,17 +46,7 @@ def read(pins: Path) -> dict[str, Any]:
             "capacity": 0,
             "attached": False,
             "pins": str(pins),
-        }
-    with plane:
-        return {
-            "state": plane.state,
-            "cgroup": str(plane.cgroup),
-            "version": plane.version,
-            "counters": plane.counters(),
-            "open_pairs": plane.open_pairs(),
-            "capacity": plane.capacity,
-            "attached": plane.attached,
-            "pins": str(pins),
+            "generations": [],
         }
 
 
@@ -63,6 +68,11 @@ def status(pins: Path, as_json: bool) -> None:
         table.add_row("cgroup", found["cgroup"] + gone)
         table.add_row("version", found["version"])
         table.add_row("open pairs", f"{found['open_pairs']} of {found['capacity']}")
+        for old in found["generations"][1:]:
+            held = (
+                f"generation {old['generation']} (upgraded) still holds {old['open_pairs']} pairs"
+            )
+            table.add_row("", held)
         table.add_row("pairs so far", str(counters.pairs_total))
         table.add_row("by shortcut", f"{counters.shortcut_messages_total} messages, {carried}")
         _add_reasons(table, "by TCP", counters.tcp_messages_total, "messages")

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from underpass import config, dataplane, namespaces, selftest
 from underpass.errors import UnderpassError, Unsupported
+
+
+admit_unknown = click.option(
+    "--admit-unknown",
+    "admit",
+    is_flag=True,
+    help="Do not watch programs before they may take the shortcut (for benchmarks and labs).",
+)
 
 
 @click.command()
@@ -20,23 +29,28 @@ from underpass.errors import UnderpassError, Unsupported
     "--config",
     "config_path",
     type=click.Path(path_type=Path, readable=False),
-    help="TOML file: capacity (pairs), budget_bytes, budget_messages, node_budget_bytes.",
+    help="TOML file: capacity (pairs), budget_bytes, budget_messages, node_budget_bytes; "
+    "in [guard]: observe (seconds), admit_unknown, allow, deny (names of programs).",
 )
+@admit_unknown
 @click.pass_obj
-def up(pins: Path, cgroup: Path | None, config_path: Path | None) -> None:
-    """Load, pin and attach; return when new connections take the shortcut.
+def up(pins: Path, cgroup: Path | None, config_path: Path | None, admit: bool) -> None:
+    """Load, pin and attach; return when it is live.
 
-    Listeners that already stand are armed in every network namespace; connections that were open
-    before stay on plain TCP. Again is no change.
+    Programs are watched for 10 s of running, on plain TCP, before their new connections take the
+    shortcut: see `underpass guard`. Listeners that already stand are armed in every network
+    namespace; connections that were open before stay on plain TCP. Again is no change.
     """
     settings = config.read(config_path)
+    if admit:
+        settings = replace(settings, admit_unknown=True)
     subtree = namespaces.check_cgroup(cgroup or namespaces.find_cgroup2())
-    broken = pins.exists() or _fionread_broken()
+    broken = pins.exists() or fionread_broken()
     changed = dataplane.up(pins, subtree, settings, fionread_broken=broken)
     click.echo(f"underpass is {'up' if changed else 'already up'} on {subtree}")
 
 
-def _fionread_broken() -> bool:
+def fionread_broken() -> bool:
     """Try this kernel before traffic does; tells whether the safe mode for FIONREAD is needed.
 
     Raises:

@@ -1,0 +1,118 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* What programs do with their TCP sockets, seen as their system calls begin. Runs at every call of the
+ * node, so it ends after a few comparisons unless the call is a telling one. */
+#ifndef UNDERPASS_WATCH_H
+#define UNDERPASS_WATCH_H
+
+#include "guard.h"
+
+/* CO-RE picks the architecture's own as the object is loaded. */
+struct arguments {
+	__u64 first, third, fourth;
+};
+
+static __always_inline void read_arguments(const void *regs, struct arguments *a)
+{
+	const struct pt_regs___x86 *x86 = regs;
+	const struct pt_regs___arm64 *arm = regs;
+
+	if (bpf_core_field_exists(x86->r10)) {
+		a->first = BPF_CORE_READ(x86, di);
+		a->third = BPF_CORE_READ(x86, dx);
+		a->fourth = BPF_CORE_READ(x86, r10);
+	} else {
+		a->first = BPF_CORE_READ(arm, orig_x0);
+		a->third = BPF_CORE_READ(arm, regs[2]);
+		a->fourth = BPF_CORE_READ(arm, regs[3]);
+	}
+}
+
+static __always_inline __u32 reading(__u64 flags)
+{
+	return (flags & MSG_WAITALL ? UP_SIGN_WAITALL : 0) | (flags & MSG_TRUNC ? UP_SIGN_TRUNC : 0) |
+	       (flags & MSG_OOB ? UP_SIGN_OOB : 0);
+}
+
+static __always_inline __u32 writing(__u64 flags)
+{
+	return (flags & MSG_OOB ? UP_SIGN_OOB : 0) | (flags & MSG_ZEROCOPY ? UP_SIGN_ZEROCOPY : 0);
+}
+
+/* The signs that a call gives, if it is on a TCP socket; 0 for nearly all. */
+static __always_inline __u32 signs_of_call(const void *regs, __u64 call, __u64 *fd)
+{
+	struct arguments a;
+	__u32 signs;
+
+	if (call != knobs.calls.recvfrom && call != knobs.calls.recvmsg && call != knobs.calls.recvmmsg &&
+	    call != knobs.calls.sendto && call != knobs.calls.sendmsg && call != knobs.calls.sendmmsg &&
+	    call != knobs.calls.splice)
+		return 0;
+	read_arguments(regs, &a);
+	if (call == knobs.calls.splice)
+		signs = UP_SIGN_SPLICE;
+	else if (call == knobs.calls.recvfrom || call == knobs.calls.recvmmsg)
+		signs = reading(a.fourth);
+	else if (call == knobs.calls.recvmsg)
+		signs = reading(a.third);
+	else
+		signs = writing(call == knobs.calls.sendmsg ? a.third : a.fourth);
+	*fd = a.first;
+	return signs;
+}
+
+/* The TCP socket behind a descriptor of the calling task, 0 if it is none. */
+static __always_inline const struct sock *tcp_socket(__u64 fd)
+{
+	const struct task_struct *task = (const void *)bpf_get_current_task();
+	const struct fdtable *table = BPF_CORE_READ(task, files, fdt);
+	const struct file *file = 0;
+	const struct socket *socket;
+	const struct sock *sk;
+	__u32 protocol;
+
+	if (fd >= BPF_CORE_READ(table, max_fds))
+		return 0;
+	bpf_probe_read_kernel(&file, sizeof(file), BPF_CORE_READ(table, fd) + fd);
+	if (!file || (BPF_CORE_READ(file, f_inode, i_mode) & S_IFMT) != S_IFSOCK)
+		return 0;
+	socket = BPF_CORE_READ(file, private_data);
+	sk = BPF_CORE_READ(socket, sk);
+	protocol = sk ? BPF_CORE_READ(sk, sk_protocol) : 0;
+	return protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP ? sk : 0;
+}
+
+/* What `sk` accepted is served by `program`, whoever listened (as systemd does for others). */
+static __always_inline void served_by(const struct sock *sk, __u64 program)
+{
+	struct up_address local = {}, remote;
+	__u64 *owner;
+
+	read_sock_ends(sk, &local, &remote);
+	owner = owner_of(BPF_CORE_READ(sk, __sk_common.skc_net.net, net_cookie), &local);
+	if (owner && *owner != program)
+		*owner = program;
+}
+
+static __always_inline void watch(const void *regs, __u64 call)
+{
+	__u64 fd, program, cookie;
+	const struct sock *sk;
+	__u32 signs = signs_of_call(regs, call, &fd);
+
+	if (!signs)
+		return;
+	sk = tcp_socket(fd);
+	if (!sk || !covered(sk))
+		return;
+	program = current_program();
+	note_sign(program, signs);
+	served_by(sk, program);
+	cookie = BPF_CORE_READ(sk, __sk_common.skc_cookie.counter);
+	if (psock_of(sk) && cookie && !bpf_map_lookup_elem(&marked, &cookie)) {
+		bpf_map_update_elem(&marked, &cookie, &signs, BPF_ANY);
+		tell();
+	}
+}
+
+#endif

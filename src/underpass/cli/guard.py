@@ -1,0 +1,84 @@
+"""`underpass guard`: which programs may take the shortcut, and why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.table import Table
+
+from underpass import dataplane
+from underpass.cli import output
+from underpass.errors import UnderpassError
+from underpass.model import Program, Rule
+
+
+@click.group()
+def guard() -> None:
+    """Programs that use what the shortcut cannot serve stay on plain TCP.
+
+    A program that has not been seen before is watched while it runs (10 s) on plain TCP. One that
+    splices from sockets, or uses MSG_WAITALL, MSG_OOB, MSG_TRUNC, MSG_ZEROCOPY, SO_RCVLOWAT above 1,
+    kTLS or MPTCP, is kept out, now and when it is started again. The watching goes on for all.
+    """
+
+
+@guard.command("list")
+@output.json_option
+@click.pass_obj
+def list_(pins: Path, as_json: bool) -> None:
+    """Every program seen so far, the latest first, with its verdict and what led to it."""
+    with dataplane.Dataplane.open(pins) as plane:
+        programs, observe = plane.programs(), plane.about.knobs.observe_ns / 1e9
+    if as_json:
+        output.print_json(programs)
+        return
+    if not programs:
+        click.echo("no program has been seen yet")
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("PROGRAM", "VERDICT", "WHY", "ID", "COMMAND"):
+        table.add_column(title, overflow="fold", no_wrap=title != "COMMAND")
+    for program in programs:
+        why = ", ".join(program.reasons) or _progress(program, observe)
+        table.add_row(program.name, program.verdict, why, program.id, program.command)
+    output.console().print(table)
+
+
+def _progress(program: Program, observe: float) -> str:
+    if program.verdict == "watched":
+        return f"has run {program.observed_seconds:.0f} of {observe:.0f} s"
+    return ""
+
+
+def _apply(pins: Path, name: str, rule: Rule, done: str) -> None:
+    count = dataplane.set_rule(pins, name, rule)
+    known = f"{count} known" if count else "none known yet"
+    click.echo(f"{name} is {done} ({known})")
+
+
+@guard.command()
+@click.argument("program")
+@click.pass_obj
+def allow(pins: Path, program: str) -> None:
+    """Let PROGRAM (a name, or an id of `guard list`) take the shortcut, whatever it does."""
+    _apply(pins, program, Rule.ALLOW, "allowed")
+
+
+@guard.command()
+@click.argument("program")
+@click.pass_obj
+def deny(pins: Path, program: str) -> None:
+    """Keep PROGRAM (a name, or an id of `guard list`) on plain TCP; open pairs leave, too."""
+    _apply(pins, program, Rule.DENY, "denied")
+
+
+@guard.command()
+@click.argument("program")
+@click.pass_obj
+def forget(pins: Path, program: str) -> None:
+    """Take rules and findings about PROGRAM back: it is watched anew."""
+    if not dataplane.forget(pins, program):
+        step = "run `underpass guard list`"
+        raise UnderpassError("forget", program, "no such program has been seen", step)
+    click.echo(f"{program} is watched anew")

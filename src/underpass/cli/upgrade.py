@@ -1,0 +1,35 @@
+"""`underpass upgrade`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from underpass import config, dataplane
+from underpass.cli.up import admit_unknown, fionread_broken
+
+
+@click.command()
+@click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path, readable=False),
+    help="TOML file as for `up`.  [default: the settings that are in force]",
+)
+@admit_unknown
+@click.pass_obj
+def upgrade(pins: Path, config_path: Path | None, admit: bool) -> None:
+    """Put this version's programs and maps in charge, under load.
+
+    Open pairs go on in the old generation until they close; new connections use the new one. If
+    anything fails, the old one serves on, unchanged.
+    """
+    with dataplane.Dataplane.open(pins) as plane:
+        settings = config.read(config_path) if config_path else plane.settings
+    if admit:
+        settings = replace(settings, admit_unknown=True)
+    left = dataplane.upgrade(pins, settings, fionread_broken=fionread_broken())
+    stay = f"; {left} pairs stay with the old until they close" if left else ""
+    click.echo(f"underpass is upgraded{stay}")

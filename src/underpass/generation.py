@@ -1,0 +1,424 @@
+"""One generation of programs and maps, open for reading and steering.
+
+The data plane lives in the kernel and in pins; it outlives every process of ours.
+:mod:`.dataplane` makes, replaces and removes generations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from underpass import abi, knobs, libbpf, namespaces, pinning, programs, records
+from underpass.errors import KernelError, NotLoaded, UnderpassError
+from underpass.model import (
+    REFUSALS,
+    TCP_REASONS,
+    Counters,
+    Pair,
+    Program,
+    Reason,
+    Rule,
+    Settings,
+    Sign,
+    Socket,
+)
+
+#: Redirects that were decided before the stop flag was seen are over after this many seconds.
+IN_FLIGHT_SECONDS = 1.5
+
+MAPS = (
+    "sockets",
+    "control",
+    "counters",
+    "handshakes",
+    "syns",
+    "grants",
+    "holders",
+    "about",
+    "inherited",
+    "programs",
+    "rules",
+    "owners",
+    "marked",
+    "news",
+)
+PROGRAMS = (
+    "up_handshake",
+    "up_steer",
+    "up_watch",
+    "up_arm",
+    "up_disarm",
+    "up_sockets",
+    "up_release",
+    "up_list",
+    "up_drain",
+)
+#: BPF_MAP_TYPE_ARRAY, key and value size of the map `about`.
+_ABOUT_SIZES = (2, 4, ctypes.sizeof(abi.About))
+_HANDOFF_KEYS = {"handshakes": 8, "syns": 4}
+LINK, MAP_LINK, WATCH_LINK = "link_handshake", "link_steer", "link_watch"
+_ZERO = ctypes.c_uint32(0)
+_SHARED = 2
+_GUARD_MAPS: tuple[tuple[str, type[Any], type[Any]], ...] = (
+    ("rules", abi.RuleKey, abi.u32),
+    ("programs", abi.u64, abi.Program),
+    ("owners", abi.Place, abi.u64),
+)
+
+
+class Dataplane:
+    """A pinned generation, open for reading and steering. Use as a context manager."""
+
+    def __init__(self, pins: Path) -> None:
+        self.pins = pins
+        self._fds: dict[str, libbpf.Fd] = {}
+        self.about = abi.About()
+
+    @classmethod
+    def open(cls, pins: Path) -> Dataplane:
+        """Open the generation at ``pins``.
+
+        Raises:
+            NotLoaded: there is none, or not one of this version's ABI.
+            KernelError: it cannot be opened (no permission).
+        """
+        plane = cls(pins)
+        step = "use the underpass that loaded it, or remove it by hand if nothing uses it"
+        try:
+            sizes = libbpf.map_sizes(plane._fd("about"))
+        except KernelError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                raise NotLoaded(
+                    "open", pins, "no generation is pinned there", "run `underpass up`"
+                ) from None
+            raise
+        if sizes != _ABOUT_SIZES:  # before it is read: a larger value would not fit
+            raise UnderpassError("use", pins, "it is not a generation of this version", step)
+        libbpf.lookup(plane._fd("about"), _ZERO, plane.about)
+        if plane.about.abi != abi.ABI:
+            cause = f"its ABI is {plane.about.abi}, this is {abi.ABI}"
+            raise UnderpassError("use", pins, cause, step)
+        if missing := [name for name in (*MAPS, *PROGRAMS) if not (pins / name).exists()]:
+            raise UnderpassError("use", pins, f"its pin {missing[0]} is missing", step)
+        return plane
+
+    def __enter__(self) -> Dataplane:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the descriptors; the generation goes on."""
+        for fd in self._fds.values():
+            fd.close()
+        self._fds.clear()
+
+    def _fd(self, name: str) -> int:
+        if name not in self._fds:
+            self._fds[name] = libbpf.get(self.pins / name)
+        return self._fds[name].number
+
+    # -- what it is ------------------------------------------------------------------------
+
+    @property
+    def cgroup(self) -> Path:
+        """The subtree that it is attached to."""
+        return Path(os.fsdecode(self.about.cgroup))
+
+    @property
+    def capacity(self) -> int:
+        """Pairs that fit at once."""
+        return int(self.about.capacity)
+
+    @property
+    def version(self) -> str:
+        """Version of the underpass that loaded it."""
+        return str(self.about.version.decode())
+
+    @property
+    def settings(self) -> Settings:
+        """What it was loaded with."""
+        return knobs.settings_of(self.about)
+
+    @property
+    def number(self) -> int:
+        """One more than that of the generation that it replaced."""
+        return int(self.about.generation)
+
+    @property
+    def attached(self) -> bool:
+        """False if the cgroup that it was attached to has gone, or another took its name."""
+        try:
+            number, _ = namespaces.cgroup_id_and_level(self.cgroup)
+        except (OSError, ValueError):
+            return False
+        return bool(number == self.about.knobs.cgroup_id)
+
+    @property
+    def state(self) -> str:
+        """``active``, ``paused`` or ``draining``."""
+        stop = self._control().stop
+        if stop == Reason.DRAINING or not (self.pins / LINK).exists():
+            return "draining"
+        return "paused" if stop == Reason.PAUSED else "active"
+
+    def program_id(self) -> int:
+        """Id of its sock_ops program."""
+        return libbpf.program_id(self._fd("up_handshake"))
+
+    def counters(self) -> Counters:
+        """Totals since the generation was loaded."""
+        return records.counters(self.totals())
+
+    def totals(self) -> abi.Counters:
+        """The counters of all CPUs, and of the generations that it inherited from, added up."""
+        cpus = (abi.Counters * libbpf.possible_cpus())()
+        libbpf.lookup(self._fd("counters"), _ZERO, cpus)
+        return abi.add_up([*cpus, self._inherited()])
+
+    def _inherited(self) -> abi.Counters:
+        past = abi.Counters()
+        libbpf.lookup(self._fd("inherited"), _ZERO, past)
+        return past
+
+    def inherit(self, totals: abi.Counters) -> None:
+        """Count what a generation carried that is about to be removed."""
+        libbpf.update(self._fd("inherited"), _ZERO, abi.add_up([self._inherited(), totals]))
+
+    def endpoints(self) -> list[abi.Record]:
+        """Every endpoint in the map, as the kernel tells it."""
+        return list(abi.records(libbpf.iterate(self._fd("up_list"), self._fd("sockets"))))
+
+    def open_pairs(self) -> int:
+        """Number of pairs whose two endpoints are both in the map."""
+        return len(records.matched(self.endpoints()))
+
+    def pairs(self) -> list[Pair]:
+        """Open pairs, with the state of both directions."""
+        names = {ns.inode: ns.label for ns in namespaces.net_namespaces()}
+        return [records.pair(*ends, names) for ends in records.matched(self.endpoints())]
+
+    def sockets(self) -> list[Socket]:
+        """Every TCP socket of every network namespace, for `explain`."""
+        held = {record.cookie for record in self.endpoints()}
+        found = []
+        for namespace in namespaces.net_namespaces():
+            data = namespaces.in_namespace(
+                namespace, lambda: libbpf.iterate(self._fd("up_sockets"))
+            )
+            names = {namespace.inode: namespace.label}
+            found += [records.socket_of(record, names, held) for record in abi.records(data or b"")]
+        return found
+
+    def leftovers(self) -> dict[str, int]:
+        """Entries in the handoff maps; all 0 once every handshake is over."""
+        return {name: len(libbpf.keys(self._fd(name), n)) for name, n in _HANDOFF_KEYS.items()}
+
+    # -- steering --------------------------------------------------------------------------
+
+    def _control(self) -> abi.Control:
+        control = abi.Control()
+        libbpf.lookup(self._fd("control"), _ZERO, control)
+        return control
+
+    def _steer(self, **fields: int) -> None:
+        control = self._control()
+        for name, value in fields.items():
+            setattr(control, name, value)
+        libbpf.update(self._fd("control"), _ZERO, control)
+
+    def set_paused(self, paused: bool) -> None:
+        """Send every message by TCP from now on, or let the shortcut be used again."""
+        self._steer(stop=Reason.PAUSED if paused else 0)
+
+    def set_draining(self, draining: bool) -> None:
+        """Pair nothing and send every message by TCP, on the way out; or take that back."""
+        self._steer(stop=Reason.DRAINING if draining else 0)
+
+    @property
+    def closed(self) -> bool:
+        """It takes in no new connection: another generation does, or will."""
+        return bool(self._control().closed)
+
+    def set_closed(self, closed: bool) -> None:
+        """Take in no new connection; open pairs go on."""
+        self._steer(closed=int(closed))
+
+    def set_forced(self, share: float) -> None:
+        """For tests: force about this share (0 to 1) of all messages onto TCP, at random."""
+        self._steer(forced=round(share * 65536))
+
+    def attach(self) -> None:
+        """Attach sock_ops to the subtree and pin the link: the generation is live.
+
+        Raises:
+            KernelError: the kernel refuses, as when another program holds the cgroup alone.
+        """
+        if not (self.pins / WATCH_LINK).exists():
+            with libbpf.attach_tracepoint(self._fd("up_watch")) as link:
+                libbpf.pin(link.number, self.pins / WATCH_LINK)
+        fd = os.open(self.cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with libbpf.Fd(fd) as cgroup:
+            try:
+                link = libbpf.attach_cgroup(self._fd("up_handshake"), cgroup.number)
+            except KernelError as error:
+                raise _attach_error(error, self.cgroup, cgroup.number) from None
+        with link:
+            libbpf.pin(link.number, self.pins / LINK)
+
+    def detach(self) -> None:
+        """Detach sock_ops and the watcher; nothing if they are not attached."""
+        for name in (LINK, WATCH_LINK):
+            path = self.pins / name
+            if path.exists():
+                with libbpf.get(path) as fd:
+                    if name == LINK:
+                        libbpf.detach(fd.number)
+                path.unlink()
+
+    def _everywhere(self, program: str) -> Iterator[abi.Record]:
+        """Run an iterator in every network namespace; what it wrote."""
+        fd = self._fd(program)
+        for namespace in namespaces.net_namespaces():
+            data = namespaces.in_namespace(namespace, lambda: libbpf.iterate(fd))
+            yield from abi.records(data or b"")
+
+    def arm_listeners(self, before: Dataplane | None = None) -> None:
+        """Let the listeners that already stand answer SYNs with the proof callback.
+
+        Args:
+            before: the generation that this one replaces, whose listeners are taken over.
+        """
+        if before and any(r.armed == _SHARED for r in before._everywhere("up_arm")):
+            # rare: only the old one knows which of them another product armed, too
+            list(before._everywhere("up_disarm"))
+            before = None
+        self._steer(adopting=int(before is not None))
+        listeners = list(self._everywhere("up_arm"))
+        self._steer(adopting=0)
+        self._find_owners(listeners)
+
+    def _find_owners(self, listeners: list[abi.Record]) -> None:
+        """Tell the guard whose listeners those are that stood before it could see them begin."""
+        places = {
+            record.inode: abi.Place(
+                netns=record.netns_cookie,
+                at=abi.Address((abi.u8 * 16)(*record.local_ip), record.local_port),
+            )
+            for record in listeners
+            if record.covered
+        }
+        fd, known = self._fd("owners"), abi.u64()
+        strange = {i: place for i, place in places.items() if not libbpf.lookup(fd, place, known)}
+        processes = programs.of_sockets(set(strange)) if strange else {}
+        for inode, place in strange.items():
+            found = programs.identify(processes[inode]) if inode in processes else None
+            # nobody to be seen, as from inside a container: then the listener is watched by itself
+            key, program = found or programs.listener(bytes(place.at.ip), place.at.port, inode)
+            self._meet(key, program)
+            libbpf.update(fd, place, abi.u64(key))
+
+    def drain_step(self) -> list[abi.Record]:
+        """Take every endpoint out of the map that holds nothing unread; those that are left."""
+        return list(abi.records(libbpf.iterate(self._fd("up_drain"), self._fd("sockets"))))
+
+    def disarm(self) -> None:
+        """Take the proof callback off the listeners, unless another program wants it."""
+        list(self._everywhere("up_disarm"))
+
+    def release(self) -> None:
+        """Put back what was set on sockets that have left, and wake readers that wait for TCP."""
+        list(self._everywhere("up_release"))
+
+    # -- the guard -------------------------------------------------------------------------
+
+    def _meet(self, key: int, program: abi.Program) -> None:
+        program.first_seen = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        rules = self.rules()
+        program.rule = rules.get((key, b"")) or rules.get((0, program.name), 0)
+        libbpf.update(self._fd("programs"), abi.u64(key), program, only_new=True)
+
+    def programs(self) -> list[Program]:
+        """Every program that the guard knows, the latest first."""
+        found = libbpf.items(self._fd("programs"), abi.u64, abi.Program)
+        ordered = sorted(found, key=lambda item: -item[1].first_seen)
+        return [programs.describe(k.value, p, self.about.knobs.observe_ns) for k, p in ordered]
+
+    def rules(self) -> dict[tuple[int, bytes], int]:
+        """(key, name) -> rule; either the key is 0 or the name empty."""
+        found = libbpf.items(self._fd("rules"), abi.RuleKey, abi.u32)
+        return {(at.program, at.name): rule.value for at, rule in found}
+
+    def _known(self, name: str) -> list[tuple[ctypes.c_uint64, abi.Program]]:
+        """The programs of this name, or the one of this id."""
+        found = libbpf.items(self._fd("programs"), abi.u64, abi.Program)
+        return [(k, p) for k, p in found if name in (programs.id_of(k.value), programs.name_of(p))]
+
+    def set_rule(self, name: str, rule: Rule) -> int:
+        """Allow or deny a program, or (Rule.NONE) take that back; from its next message on.
+
+        Args:
+            name: of its executable, or its id as :meth:`programs` gives it.
+            rule: what to say of it.
+
+        Returns:
+            How many known programs it is about.
+        """
+        known = self._known(name)
+        ids = [key for key, _ in known if programs.id_of(key.value) == name]
+        at = abi.RuleKey(program=ids[0].value) if ids else abi.RuleKey(name=name.encode())
+        if rule == Rule.NONE:
+            libbpf.delete(self._fd("rules"), at)
+        else:
+            libbpf.update(self._fd("rules"), at, abi.u32(rule))
+        for key, program in known:
+            program.rule = rule
+            libbpf.update(self._fd("programs"), key, program)
+        self._tell()
+        return len(known)
+
+    def forget(self, name: str) -> int:
+        """Forget rules and findings about a program (name or id); how many there were."""
+        self.set_rule(name, Rule.NONE)
+        known = self._known(name)
+        for key, _ in known:
+            libbpf.delete(self._fd("programs"), key)
+        return len(known)
+
+    def _tell(self) -> None:
+        news = abi.News()
+        libbpf.lookup(self._fd("news"), _ZERO, news)
+        news.epoch += 1 << 32  # far from what the programs add meanwhile
+        libbpf.update(self._fd("news"), _ZERO, news)
+
+    def take_over_guard(self, before: Dataplane) -> None:
+        """Know all that the guard of ``before`` knows."""
+        for name, key, value in _GUARD_MAPS:
+            for element in libbpf.items(before._fd(name), key, value):
+                libbpf.update(self._fd(name), *element)
+
+
+def _attach_error(error: KernelError, cgroup: Path, fd: int) -> KernelError:
+    """Name the program that is in the way, if one is."""
+    if error.errno not in (errno.EPERM, errno.EBUSY):
+        return error
+    others = []
+    with contextlib.suppress(KernelError):
+        others = [f"{libbpf.program_name(n)} (id {n})" for n in libbpf.attached(fd)]
+    detail = f"held by sock_ops program {', '.join(others)}" if others else ""
+    step = "detach it, or attach it with BPF_F_ALLOW_MULTI"
+    return KernelError("attach sock_ops to", cgroup, error.errno, step, detail)

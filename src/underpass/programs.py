@@ -1,0 +1,118 @@
+"""Who a program is: the identity under which the guard remembers it.
+
+Mirrors ``identify()`` of ``bpf/guard.h``: the name, size and time of change of the executable, the
+same in every container of an image; of an interpreter also its arguments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+from underpass import abi
+from underpass.model import Program, Rule, Sign
+
+_MULTIPLIER = 0x9E3779B97F4A7C15
+_WORD = (1 << 64) - 1
+_INTERPRETERS = (b"pyth", b"node", b"java", b"ruby", b"perl", b"dotn", b"busy", b"php")
+_NAME, _ARGUMENTS, _COMMAND = 32, 512, 64
+_BLOCK = 64
+
+
+def identify(pid: int) -> tuple[int, abi.Program] | None:
+    """Key and description of the program that process ``pid`` runs; None if it has gone or has none."""
+    process = Path(f"/proc/{pid}")
+    try:
+        name = os.fsencode(Path(os.readlink(process / "exe")).name).removesuffix(b" (deleted)")
+        file = (process / "exe").stat()
+        arguments = (process / "cmdline").read_bytes()
+    except OSError:
+        return None
+    found = abi.Program(name=name[: _NAME - 1], pid=pid)
+    found.command[:] = arguments[:_COMMAND].ljust(_COMMAND, b"\0")
+    found.by_arguments = name.startswith(_INTERPRETERS)
+    key = key_of(name, file.st_size, int(file.st_mtime_ns // 10**9), arguments)
+    return key, found
+
+
+def listener(address: bytes, port: int, inode: int) -> tuple[int, abi.Program]:
+    """What stands for the program behind a listener of which no process is to be seen."""
+    found = abi.Program(name=b"(listener)")
+    text = f"{abi.address(address)} port {port}".encode()
+    found.command[:] = text[:_COMMAND].ljust(_COMMAND, b"\0")
+    return key_of(found.name, inode, port, b""), found
+
+
+def key_of(name: bytes, size: int, changed: int, arguments: bytes) -> int:
+    """The key of a program; ``changed`` in seconds since 1970."""
+    hashed = _mix(0, struct.unpack("=4Q", name[: _NAME - 1].ljust(_NAME, b"\0")))
+    hashed = _mix(hashed, (size, changed & _WORD))
+    if name.startswith(_INTERPRETERS):
+        text = arguments[:_ARGUMENTS]
+        padded = text.ljust(-(-len(text) // _BLOCK) * _BLOCK, b"\0")
+        hashed = _mix(hashed, (word for (word,) in struct.iter_unpack("=Q", padded)))
+    return hashed or 1
+
+
+def _mix(hashed: int, words: Iterable[int]) -> int:
+    for word in words:
+        hashed = (hashed ^ word) * _MULTIPLIER & _WORD
+        hashed ^= hashed >> 32
+    return hashed
+
+
+def of_sockets(inodes: set[int]) -> dict[int, int]:
+    """Socket inode -> a process that has it open, for those of ``inodes`` that one has."""
+    found: dict[int, int] = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        if len(found) == len(inodes):
+            break
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(process / "fd"):
+                with contextlib.suppress(OSError):
+                    target = os.readlink(entry.path)
+                    if target.startswith("socket:[") and int(target[8:-1]) in inodes:
+                        found.setdefault(int(target[8:-1]), int(process.name))
+    return found
+
+
+def id_of(key: int) -> str:
+    """A key as people see it."""
+    return f"{key:016x}"
+
+
+def name_of(program: abi.Program) -> str:
+    """The name of its executable."""
+    return str(program.name.decode(errors="replace"))
+
+
+def describe(key: int, found: abi.Program, observe_ns: int) -> Program:
+    """What `guard list` shows of an element of the map `programs`; mirrors ``admitted()``."""
+    signs = Sign(found.signs & sum(Sign))
+    admitted = found.active_ns >= observe_ns
+    if found.rule == Rule.ALLOW:
+        verdict, reasons = "allowed", ["rule", *signs.words]
+    elif found.rule == Rule.DENY:
+        verdict, reasons = "denied", ["rule", *signs.words]
+    elif signs:
+        verdict, reasons = "kept-out", signs.words
+    else:
+        verdict, reasons = ("admitted" if admitted else "watched"), []
+    return Program(
+        id=id_of(key),
+        name=name_of(found),
+        command=_text(bytes(found.command)),
+        by_arguments=bool(found.by_arguments),
+        verdict=verdict,
+        reasons=reasons,
+        observed_seconds=round(found.active_ns / 1e9, 1),
+        pid=found.pid,
+    )
+
+
+def _text(raw: bytes) -> str:
+    shown = raw.replace(b"\0", b" ").decode(errors="replace").strip()
+    return "".join(c if c.isprintable() else " " for c in shown)

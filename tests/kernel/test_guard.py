@@ -1,0 +1,275 @@
+"""Programs that use what the shortcut cannot serve stay on TCP, and are remembered."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+
+import pytest
+
+from tests.kernel import remote
+from tests.kernel.bed import SERVER4, Bed
+from tests.kernel.commands import underpass
+from tests.kernel.content import content
+from tests.kernel.fixtures import MakePlane
+from tests.kernel.remote import Remote, connect, couple, exchange, listen
+from tests.kernel.waiting import wait_until
+from tests.kernel.worker import Worker
+from underpass import programs
+from underpass.generation import Dataplane
+from underpass.model import Program, Settings, Sign
+
+TO = (SERVER4, 8080)
+SOON = Settings(observe_seconds=0.3)
+SO_ZEROCOPY, MSG_ZEROCOPY = 60, 0x4000000
+IPPROTO_MPTCP = 262
+MESSAGE = 1000
+
+
+def _of(plane: Dataplane, worker: Worker) -> Program:
+    """What the guard knows of the worker's program."""
+    found = programs.identify(worker.pid)
+    assert found is not None
+    wanted = programs.id_of(found[0])
+    return next(program for program in plane.programs() if program.id == wanted)
+
+
+def _run_until_admitted(plane: Dataplane, near: Remote, far: Remote) -> None:
+    """Let both programs talk until they have been watched for long enough."""
+
+    def admitted() -> bool:
+        exchange(near, far, 1, rounds=1)
+        return {_of(plane, end.worker).verdict for end in (near, far)} == {"admitted"}
+
+    wait_until(admitted, "both programs are admitted")
+
+
+def _admit(plane: Dataplane, bed: Bed) -> tuple[Worker, Worker]:
+    """Two workers that have been watched and admitted."""
+    client, server = bed.worker("client"), bed.worker("server")
+    near, far = couple(client, server, TO)
+    _run_until_admitted(plane, near, far)
+    for end in (near, far):
+        end.close()
+    return client, server
+
+
+def _carried(plane: Dataplane, near: Remote, far: Remote, stream: int = 11) -> bool:
+    """Whether the shortcut carries what the two now say to each other."""
+    before = plane.counters().shortcut_messages_total
+    exchange(near, far, stream, rounds=2)
+    return plane.counters().shortcut_messages_total > before
+
+
+def _read_all(number: int, size: int, flags: int) -> int:
+    return len(remote._SOCKETS[number].recv(size, flags))
+
+
+def _splice(number: int, size: int) -> int:
+    """Move bytes from the socket into a pipe; how many arrived."""
+    into, out = os.pipe()
+    try:
+        taken = os.splice(number, out, size)
+        return len(os.read(into, size)) if taken else 0
+    finally:
+        os.close(into)
+        os.close(out)
+
+
+def _send_flagged(number: int, flags: int) -> None:
+    remote._SOCKETS[number].send(b"x", flags)
+
+
+def _receive_with(far: Remote, flags: int) -> None:
+    far.worker.submit(_read_all, far.number, MESSAGE, flags).result(20)
+
+
+def _by_waitall(near: Remote, far: Remote) -> None:
+    reading = far.worker.submit(_read_all, far.number, 2 * MESSAGE, socket.MSG_WAITALL)
+    near.send(1, MESSAGE)
+    near.send(1, MESSAGE)
+    assert reading.result(20) == 2 * MESSAGE
+
+
+def _by_splice(near: Remote, far: Remote) -> None:
+    near.send(1, MESSAGE)
+    assert far.worker.submit(_splice, far.number, MESSAGE).result(20) == MESSAGE
+
+
+def _by_trunc(near: Remote, far: Remote) -> None:
+    near.send(1, MESSAGE)
+    _receive_with(far, socket.MSG_TRUNC)
+
+
+def _by_oob(near: Remote, far: Remote) -> None:
+    far.worker.call(_send_flagged, far.number, socket.MSG_OOB)
+    near.worker.submit(_read_all, near.number, 1, socket.MSG_OOB).result(20)
+
+
+def _by_zerocopy(near: Remote, far: Remote) -> None:
+    far.set_option(socket.SOL_SOCKET, SO_ZEROCOPY, 1)
+    far.worker.call(_send_flagged, far.number, MSG_ZEROCOPY)
+    near.worker.submit(_read_all, near.number, 1, 0).result(20)
+
+
+def _by_lowat(near: Remote, far: Remote) -> None:
+    far.set_option(socket.SOL_SOCKET, socket.SO_RCVLOWAT, MESSAGE)
+    near.send(1, MESSAGE)
+    far.receive(1, MESSAGE)
+    far.send(2, 10)  # a packet of its own shows its state
+    near.receive(2, 10)
+
+
+USES: dict[Sign, Callable[[Remote, Remote], None]] = {
+    Sign.WAITALL: _by_waitall,
+    Sign.SPLICE: _by_splice,
+    Sign.TRUNC: _by_trunc,
+    Sign.OOB: _by_oob,
+    Sign.ZEROCOPY: _by_zerocopy,
+    Sign.RCVLOWAT: _by_lowat,
+}
+"""How the far end's program gives each sign away; over plain TCP each works."""
+
+
+def test_programs_are_watched_before_they_are_admitted(bed: Bed, plane: MakePlane) -> None:
+    """Claim: a new program's connections take TCP, and after it has run for a while the shortcut."""
+    underpass = plane(SOON, watch=True)
+    client, server = bed.worker("client"), bed.worker("server")
+    near, far = couple(client, server, TO)
+    assert not _carried(underpass, near, far, stream=21)
+    assert underpass.counters().refused_total["observed"] > 0
+    assert _of(underpass, client).verdict == "watched"
+    near.close()
+    far.close()
+    near, far = couple(client, server, TO)
+    _run_until_admitted(underpass, near, far)
+    again = couple(client, server, (SERVER4, 8081))
+    assert _carried(underpass, *again)
+
+
+def test_an_idle_program_is_not_admitted_by_time(bed: Bed, plane: MakePlane) -> None:
+    """Claim: what counts is that a program runs: silence counts a second at most."""
+    underpass = plane(Settings(observe_seconds=30), watch=True)
+    client, server = bed.worker("client"), bed.worker("server")
+    near, far = couple(client, server, TO)
+    exchange(near, far, 1)
+    assert _of(underpass, server).observed_seconds < 2
+
+
+@pytest.mark.parametrize("sign", USES, ids=lambda sign: sign.words[0])
+def test_signs_keep_a_program_out(bed: Bed, plane: MakePlane, sign: Sign) -> None:
+    """Claim: a program seen at what only TCP serves is listed with it and stays on TCP."""
+    underpass = plane(SOON, watch=True)
+    client, server = bed.worker("client"), bed.worker("server")
+    near, far = couple(client, server, TO)
+    USES[sign](near, far)
+    program = _of(underpass, server)
+    assert (program.verdict, program.reasons) == ("kept-out", sign.words)
+    assert _of(underpass, client).verdict != "kept-out"
+    near, far = couple(client, server, (SERVER4, 8081))
+    for _ in range(3):
+        assert not _carried(underpass, near, far)
+    assert underpass.counters().pairs_total == 0
+
+
+@pytest.mark.parametrize("sign", [Sign.WAITALL, Sign.SPLICE], ids=lambda sign: sign.words[0])
+def test_a_late_sign_moves_open_pairs_to_tcp(bed: Bed, plane: MakePlane, sign: Sign) -> None:
+    """Claim: an admitted program that shows a sign leaves the shortcut with all its pairs."""
+    underpass = plane(SOON, watch=True)
+    client, server = _admit(underpass, bed)
+    near, far = couple(client, server, (SERVER4, 8081))
+    other = couple(client, server, (SERVER4, 8082))
+    assert _carried(underpass, near, far)
+    assert _carried(underpass, *other, stream=31)
+    # over TCP, as after a pause, the call itself works
+    underpass.set_paused(True)
+    near.send(41, MESSAGE)
+    assert far.worker.submit(_splice, far.number, MESSAGE).result(20) == MESSAGE
+    if sign is Sign.WAITALL:
+        near.send(43, MESSAGE)
+        _receive_with(far, socket.MSG_WAITALL)
+    underpass.set_paused(False)
+    assert not _carried(underpass, *other, stream=51)
+    assert underpass.counters().tcp_messages_total["marked"] > 0
+
+    def left() -> bool:
+        exchange(*other, 61, rounds=1)
+        return underpass.counters().refused_total["guarded"] > 0
+
+    wait_until(left, "the pair leaves the map")
+
+
+def test_rules_overrule_signs(bed: Bed, plane: MakePlane) -> None:
+    """Claim: allow lets a program take the shortcut in spite of its signs, deny keeps it out."""
+    underpass_ = plane(SOON, watch=True)
+    client, server = bed.worker("client"), bed.worker("server")
+    near, far = couple(client, server, TO)
+    _by_splice(near, far)
+    name = _of(underpass_, server).name
+    assert "allowed" in underpass(bed.pins, "guard", "allow", name).ok().out
+    again = couple(client, server, (SERVER4, 8081))
+    assert _carried(underpass_, *again)
+    underpass(bed.pins, "guard", "deny", _of(underpass_, client).id).ok()
+    assert not _carried(underpass_, *again, stream=71)
+    (listed,) = [
+        p
+        for p in underpass(bed.pins, "guard", "list", "--json").document()
+        if p["id"] == _of(underpass_, client).id
+    ]
+    assert (listed["verdict"], listed["reasons"]) == ("denied", ["rule"])
+    underpass(bed.pins, "guard", "forget", name).ok()
+    assert _of_name(underpass_, name) == []
+    underpass(bed.pins, "guard", "forget", name).failed(1, "forget", name)
+
+
+def _of_name(plane: Dataplane, name: str) -> list[Program]:
+    return [program for program in plane.programs() if program.name == name]
+
+
+def test_a_denied_name_is_denied_before_it_starts(bed: Bed, plane: MakePlane) -> None:
+    """Claim: a rule for a name holds for a program that was never seen."""
+    name = os.path.basename(os.readlink("/proc/self/exe"))
+    underpass_ = plane(Settings(deny=(name,)))
+    near, far = couple(bed.worker("client"), bed.worker("server"), TO)
+    assert not _carried(underpass_, near, far)
+    assert _of(underpass_, near.worker).verdict == "denied"
+
+
+def test_owners_of_standing_listeners_are_found(bed: Bed, plane: MakePlane) -> None:
+    """Claim: a program that listened before `up` is known by its own identity afterwards."""
+    client, server = bed.worker("client"), bed.worker("server")
+    listener = listen(server, TO)
+    underpass_ = plane(SOON, watch=True)
+    near = connect(client, TO)
+    far = listener.accept()
+    _run_until_admitted(underpass_, near, far)
+    assert _carried(underpass_, connect(client, TO), listener.accept())
+
+
+def test_identity_is_the_same_in_both_worlds(bed: Bed, plane: MakePlane) -> None:
+    """Claim: the kernel's key of a program is the one that is computed from /proc."""
+    underpass_ = plane(SOON, watch=True)
+    client, server = bed.worker("client"), bed.worker("server")
+    couple(client, server, TO)
+    for worker in (client, server):
+        program = _of(underpass_, worker)
+        assert (program.pid, program.by_arguments) == (worker.pid, True)
+        assert "tests.kernel.worker" in program.command
+
+
+def test_multipath_tcp_is_left_alone(bed: Bed, plane: MakePlane) -> None:
+    """Claim: connections over MPTCP work and never enter the map."""
+    for where in ("client", "server"):
+        bed.within(where, "sysctl", "-qw", "net.mptcp.enabled=1")
+    underpass_ = plane()
+    client, server = bed.worker("client"), bed.worker("server")
+    listener = listen(server, TO, protocol=IPPROTO_MPTCP)
+    near = connect(client, TO, protocol=IPPROTO_MPTCP)
+    far = listener.accept()
+    near.send(1, MESSAGE)
+    far.receive(1, MESSAGE)
+    far.send(2, MESSAGE)
+    near.receive(2, MESSAGE)
+    assert underpass_.counters().shortcut_messages_total == 0
+    assert underpass_.endpoints() == []
