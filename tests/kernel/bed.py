@@ -19,12 +19,15 @@ from pathlib import Path
 from tests.kernel.kernel_objects import pinned, wait_gone
 from tests.kernel.waiting import wait_until
 from tests.kernel.worker import Place, Worker
+from underpass.model import Settings
 
 BPFFS = Path("/sys/fs/bpf")
 NETNS = Path("/run/netns")
 _NAME = re.compile(r"^(?:up-test|underpass-test)-(\d+)(?:-|$)")
 _NUMBERS = itertools.count(1)
 
+ADMITTING = Settings(admit_unknown=True)
+"""For tests that are not about the guard: no program is watched first."""
 CLIENT4, SERVER4, ROUTER4 = "10.77.0.1", "10.77.0.2", "10.77.0.254"
 CLIENT6, SERVER6 = "fd77::1", "fd77::2"
 

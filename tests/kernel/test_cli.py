@@ -24,7 +24,7 @@ def test_up_status_down(bed: Bed) -> None:
         "tcp_messages_total",
     }
     assert underpass(bed.pins, "status", "--json").document()["state"] == "absent"
-    underpass(bed.pins, "up", "--cgroup", bed.cgroup).ok()
+    underpass(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup).ok()
     status = underpass(bed.pins, "status", "--json").document()
     assert keys <= status.keys()
     assert counted <= status["counters"].keys()
@@ -45,7 +45,7 @@ def test_up_status_down(bed: Bed) -> None:
 def test_status_and_connections_follow_the_traffic(bed: Bed) -> None:
     """Claim: `connections --json` and `status --json` show a pair and what it carried."""
     assert underpass(bed.pins, "connections", "--json").document() == []
-    underpass(bed.pins, "up", "--cgroup", bed.cgroup).ok()
+    underpass(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup).ok()
     near, far = couple(bed.worker("client"), bed.worker("server"), (SERVER4, PORT))
     exchange(near, far, 1)
     status = underpass(bed.pins, "status", "--json").document()
@@ -70,9 +70,9 @@ def test_status_and_connections_follow_the_traffic(bed: Bed) -> None:
 
 def test_up_twice_changes_nothing(bed: Bed) -> None:
     """Claim: a second `up` succeeds and leaves every program and map as it is."""
-    underpass(bed.pins, "up", "--cgroup", bed.cgroup).ok()
+    underpass(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup).ok()
     before = pinned(bed.pins)
-    underpass(bed.pins, "up", "--cgroup", bed.cgroup).ok()
+    underpass(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup).ok()
     assert pinned(bed.pins) == before
     assert len(sock_ops_on(bed.cgroup)) == 1
 
@@ -80,14 +80,14 @@ def test_up_twice_changes_nothing(bed: Bed) -> None:
 def test_down_with_nothing_up(bed: Bed) -> None:
     """Claim: `down` with nothing up, and `down` twice, succeed."""
     underpass(bed.pins, "down").ok()
-    underpass(bed.pins, "up", "--cgroup", bed.cgroup).ok()
+    underpass(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup).ok()
     underpass(bed.pins, "down").ok()
     underpass(bed.pins, "down").ok()
 
 
 def test_two_ups_at_once(bed: Bed) -> None:
     """Claim: of several `up`s at once one loads, all succeed, and there is one generation."""
-    words = command(bed.pins, "up", "--cgroup", bed.cgroup)
+    words = command(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup)
     running = [start(words) for _ in range(4)]
     said = sorted(finish(process).ok().out for process in running)
     assert sum("already" in line for line in said) == 3
@@ -103,7 +103,11 @@ def test_up_and_down_at_once(bed: Bed) -> None:
     for _ in range(3):
         running = [
             start(command(bed.pins, *words))
-            for words in (("up", "--cgroup", bed.cgroup), ("down",), ("up", "--cgroup", bed.cgroup))
+            for words in (
+                ("up", "--admit-unknown", "--cgroup", bed.cgroup),
+                ("down",),
+                ("up", "--cgroup", bed.cgroup),
+            )
         ]
         for process in running:
             finish(process).ok()
@@ -113,7 +117,7 @@ def test_up_and_down_at_once(bed: Bed) -> None:
 
 def test_pause_and_resume(bed: Bed) -> None:
     """Claim: `pause` keeps pairs and sends all by TCP, `resume` goes back; both show in status."""
-    underpass(bed.pins, "up", "--cgroup", bed.cgroup).ok()
+    underpass(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup).ok()
     near, far = couple(bed.worker("client"), bed.worker("server"), (SERVER4, PORT))
     exchange(near, far, 1)
     underpass(bed.pins, "pause").ok()
@@ -134,7 +138,7 @@ def test_pause_and_resume(bed: Bed) -> None:
 
 def test_a_down_that_cannot_finish_says_so(bed: Bed) -> None:
     """Claim: `down` names the endpoint that holds unread bytes, returns 1, and can finish later."""
-    underpass(bed.pins, "up", "--cgroup", bed.cgroup).ok()
+    underpass(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup).ok()
     near, far = couple(bed.worker("client"), bed.worker("server"), (SERVER4, PORT))
     exchange(near, far, 1)
     near.send(1, 100 * KIB)
@@ -150,7 +154,7 @@ def test_explain_tells_why(bed: Bed) -> None:
     """Claim: `explain` names the path and the reason before, on and beside the shortcut."""
     words = ("explain", CLIENT4, f"{SERVER4}:{PORT}")
     assert "underpass up" in underpass(bed.pins, *words).ok().out
-    underpass(bed.pins, "up", "--cgroup", bed.cgroup).ok()
+    underpass(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup).ok()
     near, far = couple(bed.worker("client"), bed.worker("server"), (SERVER4, PORT))
     exchange(near, far, 1)
     assert "shortcut" in underpass(bed.pins, *words).ok().out

@@ -30,14 +30,16 @@ def test_wrong_words(bed: Bed, words: tuple[str, ...]) -> None:
 def test_wrong_cgroups(bed: Bed, tmp_path: Path) -> None:
     """Claim: a cgroup that is missing, or is none of cgroup v2, is a usage error that names it."""
     for wrong in (bed.cgroup / "missing", tmp_path, bed.cgroup / "cgroup.procs"):
-        underpass(bed.pins, "up", "--cgroup", wrong).failed(USAGE, str(wrong))
+        underpass(bed.pins, "up", "--admit-unknown", "--cgroup", wrong).failed(USAGE, str(wrong))
         _check_nothing_left(bed)
 
 
 def test_another_cgroup_than_that_which_is_up(bed: Bed) -> None:
     """Claim: `up` for another cgroup than the one that is served fails and changes nothing."""
-    underpass(bed.pins, "up", "--cgroup", bed.cgroup).ok()
-    underpass(bed.pins, "up", "--cgroup", bed.outside).failed(FAILED, str(bed.cgroup))
+    underpass(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup).ok()
+    underpass(bed.pins, "up", "--admit-unknown", "--cgroup", bed.outside).failed(
+        FAILED, str(bed.cgroup)
+    )
     assert len(sock_ops_on(bed.cgroup)) == 1
     assert sock_ops_on(bed.outside) == []
 
@@ -45,7 +47,7 @@ def test_another_cgroup_than_that_which_is_up(bed: Bed) -> None:
 def test_pins_that_are_not_in_bpffs(bed: Bed, tmp_path: Path) -> None:
     """Claim: a pin directory outside bpffs is a usage error; nothing is attached."""
     for pins in (tmp_path / "pins", tmp_path / "no" / "pins", Path("/proc/underpass")):
-        underpass(pins, "up", "--cgroup", bed.cgroup).failed(USAGE, str(pins))
+        underpass(pins, "up", "--admit-unknown", "--cgroup", bed.cgroup).failed(USAGE, str(pins))
         assert not pins.exists()
     _check_nothing_left(bed)
 
@@ -53,7 +55,7 @@ def test_pins_that_are_not_in_bpffs(bed: Bed, tmp_path: Path) -> None:
 def test_a_bpffs_that_cannot_be_written(bed: Bed) -> None:
     """Claim: a read-only bpffs fails in one line and attaches nothing."""
     read_only = f"mount --bind {BPFFS} {BPFFS}; mount -o remount,bind,ro {BPFFS}"
-    up = underpass_where(bed.pins, read_only, "up", "--cgroup", bed.cgroup)
+    up = underpass_where(bed.pins, read_only, "up", "--admit-unknown", "--cgroup", bed.cgroup)
     up.failed(FAILED, str(bed.name))
     _check_nothing_left(bed)
 
@@ -62,7 +64,9 @@ def test_a_bpffs_that_is_not_mounted(bed: Bed) -> None:
     """Claim: `up` mounts bpffs where it is missing."""
     script = f'umount -l {BPFFS}; "$@"; grep -q " {BPFFS} bpf " /proc/mounts'
     shell = ["unshare", "--mount", "sh", "-e", "-c", script, "sh"]
-    finish(start([*shell, *command(bed.pins, "up", "--cgroup", bed.cgroup)])).ok()
+    finish(
+        start([*shell, *command(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup)])
+    ).ok()
     # the mount, and with it the pins, went with the mount namespace
     _check_nothing_left(bed)
 
@@ -72,7 +76,7 @@ def test_without_root(bed: Bed, word: str) -> None:
     """Claim: without root every command fails in one line that says so."""
     if shutil.which("setpriv") is None:
         pytest.skip("setpriv (util-linux) is not installed")
-    underpass(bed.pins, "up", "--cgroup", bed.cgroup).ok()
+    underpass(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup).ok()
     # may read the interpreter and the package wherever they are, and nothing more
     reading = ["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
     nobody = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", *reading]
@@ -87,7 +91,7 @@ def test_without_root(bed: Bed, word: str) -> None:
 def test_without_type_information(bed: Bed) -> None:
     """Claim: a kernel without BTF is told to be unsupported."""
     hide = "mount -t tmpfs tmpfs /sys/kernel/btf"
-    up = underpass_where(bed.pins, hide, "up", "--cgroup", bed.cgroup)
+    up = underpass_where(bed.pins, hide, "up", "--admit-unknown", "--cgroup", bed.cgroup)
     up.failed(UNSUPPORTED, "/sys/kernel/btf/vmlinux")
     _check_nothing_left(bed)
 
@@ -95,7 +99,7 @@ def test_without_type_information(bed: Bed) -> None:
 def test_without_cgroup_v2(bed: Bed) -> None:
     """Claim: a node without cgroup v2 is told to be unsupported."""
     hide = f"umount -l {cgroup2()}"
-    for words in (("up",), ("up", "--cgroup", str(bed.cgroup))):
+    for words in (("up",), ("up", "--admit-unknown", "--cgroup", str(bed.cgroup))):
         underpass_where(bed.pins, hide, *words).failed(UNSUPPORTED, "cgroup")
         _check_nothing_left(bed)
 
@@ -103,7 +107,7 @@ def test_without_cgroup_v2(bed: Bed) -> None:
 def test_a_foreign_sock_ops_that_shares(bed: Bed) -> None:
     """Claim: beside another product's program that allows others, all works; it stays behind."""
     foreign = attach_foreign_sock_ops(bed.cgroup, shared=True)
-    underpass(bed.pins, "up", "--cgroup", bed.cgroup).ok()
+    underpass(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup).ok()
     assert len(sock_ops_on(bed.cgroup)) == 2
     near, far = couple(bed.worker("client"), bed.worker("server"), (SERVER4, 8080))
     exchange(near, far, 1)
@@ -115,7 +119,7 @@ def test_a_foreign_sock_ops_that_shares(bed: Bed) -> None:
 def test_a_foreign_sock_ops_that_does_not_share(bed: Bed) -> None:
     """Claim: where another product holds the cgroup alone, `up` names it and leaves nothing."""
     foreign = attach_foreign_sock_ops(bed.cgroup, shared=False)
-    up = underpass(bed.pins, "up", "--cgroup", bed.cgroup)
+    up = underpass(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup)
     up.failed(FAILED, str(bed.cgroup), "foreign_ops", str(foreign))
     assert list(BPFFS.glob(f"{bed.name}*")) == []
     assert sock_ops_on(bed.cgroup) == [foreign]
@@ -123,10 +127,10 @@ def test_a_foreign_sock_ops_that_does_not_share(bed: Bed) -> None:
 
 def test_sockets_that_another_map_holds(bed: Bed) -> None:
     """Claim: sockets of another product's sockmap stay with it; the refusal is counted."""
-    underpass(bed.pins, "up", "--cgroup", bed.cgroup).ok()
+    underpass(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup).ok()
     other = bed.pins.with_name(f"{bed.name}-other")
     try:
-        underpass(other, "up", "--cgroup", bed.cgroup).ok()
+        underpass(other, "up", "--admit-unknown", "--cgroup", bed.cgroup).ok()
         near, far = couple(bed.worker("client"), bed.worker("server"), (SERVER4, 8080))
         exchange(near, far, 1)
         counters = [
@@ -150,7 +154,7 @@ def test_wrong_configuration(bed: Bed, tmp_path: Path, text: str) -> None:
     """Claim: a configuration file with a wrong or unknown field is a usage error."""
     config = tmp_path / "underpass.toml"
     config.write_text(text)
-    up = underpass(bed.pins, "up", "--cgroup", bed.cgroup, "--config", config)
+    up = underpass(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup, "--config", config)
     up.failed(USAGE, str(config))
     _check_nothing_left(bed)
 

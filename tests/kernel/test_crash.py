@@ -50,7 +50,7 @@ def _wait_carries(bed: Bed) -> None:
 def _duration(bed: Bed) -> float:
     """How long an `up` takes here, seconds."""
     begin = time.monotonic()
-    underpass(bed.pins, "up", "--cgroup", bed.cgroup).ok()
+    underpass(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup).ok()
     return time.monotonic() - begin
 
 
@@ -62,10 +62,10 @@ def test_up_killed_half_way(bed: Bed) -> None:
     moments = random.Random(8)
     seen = set()
     for number in range(ROUNDS):
-        up = command(bed.pins, "up", "--cgroup", bed.cgroup)
+        up = command(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup)
         _kill_during(up, moments.uniform(longest / 4, longest))
         seen.add(tuple(sorted(path.name for path in BPFFS.glob(f"{bed.name}*"))))
-        underpass(bed.pins, "up", "--cgroup", bed.cgroup).ok()
+        underpass(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup).ok()
         if number % 5 == 0:
             _check_live(bed, 8080 + number)
         bed.kill_workers()
@@ -86,7 +86,12 @@ def test_any_command_killed_under_load(bed: Bed) -> None:
     load.start(20, deadline=200)
     load.wait_moves(MIB)
     moments = random.Random(9)
-    words = [("up", "--cgroup", str(bed.cgroup)), ("status",), ("connections",), ("pause",)]
+    words = [
+        ("up", "--admit-unknown", "--cgroup", str(bed.cgroup)),
+        ("status",),
+        ("connections",),
+        ("pause",),
+    ]
     for _ in range(ROUNDS):
         _kill_during(command(bed.pins, *moments.choice(words)), moments.uniform(0, longest))
         underpass(bed.pins, "resume").ok()
@@ -106,17 +111,17 @@ def test_down_killed_under_load(bed: Bed) -> None:
         load.wait_moves(10 * MIB)
         _kill_during(command(bed.pins, "down"), moments.uniform(longest / 4, 2 + longest))
         load.wait_moves(10 * MIB)
-        underpass(bed.pins, "up", "--cgroup", bed.cgroup).ok()
+        underpass(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup).ok()
         _check_live(bed, 8080 + number)
         _kill_during(command(bed.pins, "down"), moments.uniform(longest / 4, 2 + longest))
         underpass(bed.pins, "down").ok()
         assert sock_ops_on(bed.cgroup) == []
         load.stop_and_check()
-        underpass(bed.pins, "up", "--cgroup", bed.cgroup).ok()
+        underpass(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup).ok()
 
 
 def test_pairs_outlive_their_loader(bed: Bed) -> None:
     """Claim: with no process of ours alive, old and new connections take the shortcut."""
-    underpass(bed.pins, "up", "--cgroup", bed.cgroup).ok()
+    underpass(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup).ok()
     for port in (8080, 8081):
         _check_live(bed, port)

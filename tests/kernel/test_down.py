@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.kernel.bed import SERVER4, Bed
+from tests.kernel.bed import ADMITTING, SERVER4, Bed
 from tests.kernel.content import WrongBytesError
 from tests.kernel.fixtures import MakePlane
 from tests.kernel.kernel_objects import pinned, sock_ops_on, wait_gone
@@ -29,7 +29,7 @@ def test_down_under_load(bed: Bed) -> None:
     """Claim: 20 times, 50 busy connections lose no byte as underpass leaves; nothing is left."""
     load = Load(bed)
     for _ in range(ROUNDS):
-        dataplane.up(bed.pins, bed.cgroup)
+        dataplane.up(bed.pins, bed.cgroup, ADMITTING)
         objects = pinned(bed.pins)
         load.start(50)
         with Dataplane.open(bed.pins) as underpass:
@@ -50,7 +50,7 @@ def _wait_carried(underpass: Dataplane) -> None:
 
 def test_unread_bytes_outlive_down(bed: Bed) -> None:
     """Claim: `down` leaves an endpoint with unread bytes working and names it; later it ends."""
-    dataplane.up(bed.pins, bed.cgroup)
+    dataplane.up(bed.pins, bed.cgroup, ADMITTING)
     near, far = couple(bed.worker("client"), bed.worker("server"), (SERVER4, 8080))
     other = couple(near.worker, far.worker, (SERVER4, 8081))
     exchange(*other, 5)
@@ -74,7 +74,7 @@ def test_unread_bytes_outlive_down(bed: Bed) -> None:
 
 def test_the_check_catches_a_drain_that_deletes(bed: Bed) -> None:
     """Claim: a `down` that takes endpoints out with unread bytes loses them, and it is seen."""
-    dataplane.up(bed.pins, bed.cgroup, faults=Fault.DRAIN_UNREAD)
+    dataplane.up(bed.pins, bed.cgroup, ADMITTING, faults=Fault.DRAIN_UNREAD)
     near, far = couple(bed.worker("client"), bed.worker("server"), (SERVER4, 8080))
     exchange(near, far, 1)
     near.send(1, 100 * KIB)

@@ -11,7 +11,6 @@ import pytest
 from tests.kernel import remote
 from tests.kernel.bed import SERVER4, Bed
 from tests.kernel.commands import underpass
-from tests.kernel.content import content
 from tests.kernel.fixtures import MakePlane
 from tests.kernel.remote import Remote, connect, couple, exchange, listen
 from tests.kernel.waiting import wait_until
@@ -25,6 +24,7 @@ SOON = Settings(observe_seconds=0.3)
 SO_ZEROCOPY, MSG_ZEROCOPY = 60, 0x4000000
 IPPROTO_MPTCP = 262
 MESSAGE = 1000
+_STREAM = 1
 
 
 def _of(plane: Dataplane, worker: Worker) -> Program:
@@ -39,7 +39,7 @@ def _run_until_admitted(plane: Dataplane, near: Remote, far: Remote) -> None:
     """Let both programs talk until they have been watched for long enough."""
 
     def admitted() -> bool:
-        exchange(near, far, 1, rounds=1)
+        exchange(near, far, _STREAM, rounds=1)
         return {_of(plane, end.worker).verdict for end in (near, far)} == {"admitted"}
 
     wait_until(admitted, "both programs are admitted")
@@ -55,10 +55,10 @@ def _admit(plane: Dataplane, bed: Bed) -> tuple[Worker, Worker]:
     return client, server
 
 
-def _carried(plane: Dataplane, near: Remote, far: Remote, stream: int = 11) -> bool:
+def _carried(plane: Dataplane, near: Remote, far: Remote) -> bool:
     """Whether the shortcut carries what the two now say to each other."""
     before = plane.counters().shortcut_messages_total
-    exchange(near, far, stream, rounds=2)
+    exchange(near, far, _STREAM, rounds=2)
     return plane.counters().shortcut_messages_total > before
 
 
@@ -104,7 +104,6 @@ def _by_trunc(near: Remote, far: Remote) -> None:
 
 def _by_oob(near: Remote, far: Remote) -> None:
     far.worker.call(_send_flagged, far.number, socket.MSG_OOB)
-    near.worker.submit(_read_all, near.number, 1, socket.MSG_OOB).result(20)
 
 
 def _by_zerocopy(near: Remote, far: Remote) -> None:
@@ -137,7 +136,7 @@ def test_programs_are_watched_before_they_are_admitted(bed: Bed, plane: MakePlan
     underpass = plane(SOON, watch=True)
     client, server = bed.worker("client"), bed.worker("server")
     near, far = couple(client, server, TO)
-    assert not _carried(underpass, near, far, stream=21)
+    assert not _carried(underpass, near, far)
     assert underpass.counters().refused_total["observed"] > 0
     assert _of(underpass, client).verdict == "watched"
     near.close()
@@ -153,7 +152,7 @@ def test_an_idle_program_is_not_admitted_by_time(bed: Bed, plane: MakePlane) -> 
     underpass = plane(Settings(observe_seconds=30), watch=True)
     client, server = bed.worker("client"), bed.worker("server")
     near, far = couple(client, server, TO)
-    exchange(near, far, 1)
+    exchange(near, far, _STREAM)
     assert _of(underpass, server).observed_seconds < 2
 
 
@@ -181,20 +180,20 @@ def test_a_late_sign_moves_open_pairs_to_tcp(bed: Bed, plane: MakePlane, sign: S
     near, far = couple(client, server, (SERVER4, 8081))
     other = couple(client, server, (SERVER4, 8082))
     assert _carried(underpass, near, far)
-    assert _carried(underpass, *other, stream=31)
+    assert _carried(underpass, *other)
     # over TCP, as after a pause, the call itself works
     underpass.set_paused(True)
-    near.send(41, MESSAGE)
+    near.send(_STREAM, MESSAGE)
     assert far.worker.submit(_splice, far.number, MESSAGE).result(20) == MESSAGE
     if sign is Sign.WAITALL:
-        near.send(43, MESSAGE)
+        near.send(_STREAM, MESSAGE)
         _receive_with(far, socket.MSG_WAITALL)
     underpass.set_paused(False)
-    assert not _carried(underpass, *other, stream=51)
+    assert not _carried(underpass, *other)
     assert underpass.counters().tcp_messages_total["marked"] > 0
 
     def left() -> bool:
-        exchange(*other, 61, rounds=1)
+        exchange(*other, _STREAM, rounds=1)
         return underpass.counters().refused_total["guarded"] > 0
 
     wait_until(left, "the pair leaves the map")
@@ -211,7 +210,7 @@ def test_rules_overrule_signs(bed: Bed, plane: MakePlane) -> None:
     again = couple(client, server, (SERVER4, 8081))
     assert _carried(underpass_, *again)
     underpass(bed.pins, "guard", "deny", _of(underpass_, client).id).ok()
-    assert not _carried(underpass_, *again, stream=71)
+    assert not _carried(underpass_, *again)
     (listed,) = [
         p
         for p in underpass(bed.pins, "guard", "list", "--json").document()

@@ -34,7 +34,7 @@ def test_a_foreign_description(bed: Bed, value_size: int) -> None:
 @pytest.mark.parametrize("name", ["up_list", "control"])
 def test_a_missing_pin(bed: Bed, name: str) -> None:
     """Claim: a generation with a pin missing is left alone, and the pin is named."""
-    underpass(bed.pins, "up", "--cgroup", bed.cgroup).ok()
+    underpass(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup).ok()
     (bed.pins / name).unlink()
     _all_fail(bed, name)
     assert len(sock_ops_on(bed.cgroup)) == 1
@@ -44,7 +44,7 @@ def test_a_foreign_pin_beside_no_generation(bed: Bed) -> None:
     """Claim: `up` and `down` do not clear a directory that holds a pin of another product."""
     bed.pins.mkdir()
     foreign = pin_foreign_map(bed.pins / "foreign", 8)
-    underpass(bed.pins, "up", "--cgroup", bed.cgroup).failed(FAILED, "foreign")
+    underpass(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup).failed(FAILED, "foreign")
     assert underpass(bed.pins, "status", "--json").document()["state"] == "absent"
     underpass(bed.pins, "down").failed(FAILED, "foreign")
     assert pinned_at(bed.pins / "foreign") == foreign
@@ -53,10 +53,10 @@ def test_a_foreign_pin_beside_no_generation(bed: Bed) -> None:
 
 def test_a_foreign_pin_among_ours(bed: Bed) -> None:
     """Claim: a pin that another product put among ours is still there after every command."""
-    underpass(bed.pins, "up", "--cgroup", bed.cgroup).ok()
+    underpass(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup).ok()
     foreign = pin_foreign_map(bed.pins / "foreign", 8)
     underpass(bed.pins, "status").ok()
-    underpass(bed.pins, "up", "--cgroup", bed.cgroup).ok()
+    underpass(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup).ok()
     assert pinned_at(bed.pins / "foreign") == foreign
     underpass(bed.pins, "down").failed(FAILED, "foreign")
     assert pinned_at(bed.pins / "foreign") == foreign
@@ -64,7 +64,7 @@ def test_a_foreign_pin_among_ours(bed: Bed) -> None:
 
 def test_a_cgroup_that_was_made_again(bed: Bed) -> None:
     """Claim: where a cgroup was removed and made again, `up` attaches to the new one."""
-    up = ("up", "--cgroup", bed.cgroup)
+    up = ("up", "--admit-unknown", "--cgroup", bed.cgroup)
     underpass(bed.pins, *up).ok()
     bed.cgroup.rmdir()
     bed.cgroup.mkdir()
