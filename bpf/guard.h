@@ -217,6 +217,13 @@ static __always_inline enum up_reason admitted(__u64 program)
 	return UP_SHORTCUT;
 }
 
+static __always_inline bool allowed(__u64 program)
+{
+	struct up_program *p = program ? bpf_map_lookup_elem(&programs, &program) : 0;
+
+	return p && p->rule == UP_ALLOW;
+}
+
 static __always_inline void note_sign(__u64 program, __u32 sign)
 {
 	struct up_program *p = program ? bpf_map_lookup_elem(&programs, &program) : 0;

@@ -106,6 +106,8 @@ static __always_inline void watch(const void *regs, __u64 call)
 	if (!sk || !covered(sk))
 		return;
 	program = current_program();
+	if (allowed(program))
+		return;
 	note_sign(program, signs);
 	served_by(sk, program);
 	cookie = BPF_CORE_READ(sk, __sk_common.skc_cookie.counter);

@@ -1,10 +1,11 @@
 """The life of generations: up, upgrade, down, pause; what a killed one of these left is mended.
 
-The pin directory is made beside its final place under a lock, renamed, and only then attached: the
-pinned link is the last thing to appear and the mark of a live generation. An upgrade attaches the new
-generation while it is still *closed* (it takes in no connection), exchanges the two directories in one
-step, and then opens the new one; the old one keeps its pairs until they close. Killed anywhere, each
-leaves nothing that steers wrongly, and the next command completes or clears it.
+The pin directory is made beside its final place under a lock, renamed, and only then attached:
+the pinned link is the last thing to appear and the mark of a live generation. An upgrade attaches
+the new generation while it is still *closed* (it takes in no connection), exchanges the two
+directories in one step, and then opens the new one; the old one keeps its pairs until they close.
+Killed anywhere, each leaves nothing that steers wrongly, and the next command completes or clears
+it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ __all__ = ["DEFAULT_PINS", "Dataplane", "down", "opened", "pause", "up", "upgrad
 
 DEFAULT_PINS = namespaces.BPFFS / "underpass"
 OBJECT = Path(__file__).with_name("underpass.bpf.o")
-#: Generations that may still hold pairs beside the one in charge; each is called for every handshake.
+#: Generations that may hold pairs beside the one in charge: each sees every handshake.
 MOST_RETIRED = 4
 
 
@@ -242,7 +243,8 @@ def set_rule(pins: Path, name: str, rule: Rule) -> int:
         step = "give the name of its executable (31 bytes at most), or an id of `guard list`"
         raise Usage("find program", repr(name), "it is neither a name nor an id", step)
     with opened(pins) as planes:
-        return [plane.set_rule(name, rule) for plane in planes][0]
+        counts = [plane.set_rule(name, rule) for plane in planes]
+        return counts[0]
 
 
 def forget(pins: Path, name: str) -> int:
@@ -360,7 +362,7 @@ def _revive(plane: Dataplane, cgroup: Path) -> bool:
 
 
 def _complete_upgrade(pins: Path) -> None:
-    """The new generation is at ``pins``, the old one at the scratch place: open one, close the other."""
+    """The new generation is at ``pins``, the old one at the scratch place: close it, open that."""
     scratch = pinning.scratch(pins)
     with Dataplane.open(pins) as new, Dataplane.open(scratch) as old:
         old.set_closed(True)
@@ -381,7 +383,7 @@ def _recover(pins: Path) -> None:
 
 
 def _sweep(pins: Path) -> None:
-    """Remove retired generations whose pairs have all closed; the one in charge inherits their totals."""
+    """Remove retired generations whose pairs have all closed; their totals are inherited."""
     for path in retired(pins):
         with Dataplane.open(path) as plane:
             if plane.endpoints():

@@ -11,23 +11,20 @@ import ctypes
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from underpass import abi, knobs, libbpf, namespaces, pinning, programs, records
+from underpass import abi, knobs, libbpf, namespaces, programs, records
 from underpass.errors import KernelError, NotLoaded, UnderpassError
 from underpass.model import (
-    REFUSALS,
-    TCP_REASONS,
     Counters,
     Pair,
     Program,
     Reason,
     Rule,
     Settings,
-    Sign,
     Socket,
 )
 
@@ -93,7 +90,7 @@ class Dataplane:
         plane = cls(pins)
         step = "use the underpass that loaded it, or remove it by hand if nothing uses it"
         try:
-            sizes = libbpf.map_sizes(plane._fd("about"))
+            sizes = libbpf.map_sizes(plane.fd("about"))
         except KernelError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR):
                 raise NotLoaded(
@@ -102,7 +99,7 @@ class Dataplane:
             raise
         if sizes != _ABOUT_SIZES:  # before it is read: a larger value would not fit
             raise UnderpassError("use", pins, "it is not a generation of this version", step)
-        libbpf.lookup(plane._fd("about"), _ZERO, plane.about)
+        libbpf.lookup(plane.fd("about"), _ZERO, plane.about)
         if plane.about.abi != abi.ABI:
             cause = f"its ABI is {plane.about.abi}, this is {abi.ABI}"
             raise UnderpassError("use", pins, cause, step)
@@ -127,7 +124,8 @@ class Dataplane:
             fd.close()
         self._fds.clear()
 
-    def _fd(self, name: str) -> int:
+    def fd(self, name: str) -> int:
+        """Descriptor of a pin; borrowed."""
         if name not in self._fds:
             self._fds[name] = libbpf.get(self.pins / name)
         return self._fds[name].number
@@ -178,7 +176,7 @@ class Dataplane:
 
     def program_id(self) -> int:
         """Id of its sock_ops program."""
-        return libbpf.program_id(self._fd("up_handshake"))
+        return libbpf.program_id(self.fd("up_handshake"))
 
     def counters(self) -> Counters:
         """Totals since the generation was loaded."""
@@ -187,21 +185,21 @@ class Dataplane:
     def totals(self) -> abi.Counters:
         """The counters of all CPUs, and of the generations that it inherited from, added up."""
         cpus = (abi.Counters * libbpf.possible_cpus())()
-        libbpf.lookup(self._fd("counters"), _ZERO, cpus)
+        libbpf.lookup(self.fd("counters"), _ZERO, cpus)
         return abi.add_up([*cpus, self._inherited()])
 
     def _inherited(self) -> abi.Counters:
         past = abi.Counters()
-        libbpf.lookup(self._fd("inherited"), _ZERO, past)
+        libbpf.lookup(self.fd("inherited"), _ZERO, past)
         return past
 
     def inherit(self, totals: abi.Counters) -> None:
         """Count what a generation carried that is about to be removed."""
-        libbpf.update(self._fd("inherited"), _ZERO, abi.add_up([self._inherited(), totals]))
+        libbpf.update(self.fd("inherited"), _ZERO, abi.add_up([self._inherited(), totals]))
 
     def endpoints(self) -> list[abi.Record]:
         """Every endpoint in the map, as the kernel tells it."""
-        return list(abi.records(libbpf.iterate(self._fd("up_list"), self._fd("sockets"))))
+        return list(abi.records(libbpf.iterate(self.fd("up_list"), self.fd("sockets"))))
 
     def open_pairs(self) -> int:
         """Number of pairs whose two endpoints are both in the map."""
@@ -218,7 +216,7 @@ class Dataplane:
         found = []
         for namespace in namespaces.net_namespaces():
             data = namespaces.in_namespace(
-                namespace, lambda: libbpf.iterate(self._fd("up_sockets"))
+                namespace, lambda: libbpf.iterate(self.fd("up_sockets"))
             )
             names = {namespace.inode: namespace.label}
             found += [records.socket_of(record, names, held) for record in abi.records(data or b"")]
@@ -226,20 +224,20 @@ class Dataplane:
 
     def leftovers(self) -> dict[str, int]:
         """Entries in the handoff maps; all 0 once every handshake is over."""
-        return {name: len(libbpf.keys(self._fd(name), n)) for name, n in _HANDOFF_KEYS.items()}
+        return {name: len(libbpf.keys(self.fd(name), n)) for name, n in _HANDOFF_KEYS.items()}
 
     # -- steering --------------------------------------------------------------------------
 
     def _control(self) -> abi.Control:
         control = abi.Control()
-        libbpf.lookup(self._fd("control"), _ZERO, control)
+        libbpf.lookup(self.fd("control"), _ZERO, control)
         return control
 
     def _steer(self, **fields: int) -> None:
         control = self._control()
         for name, value in fields.items():
             setattr(control, name, value)
-        libbpf.update(self._fd("control"), _ZERO, control)
+        libbpf.update(self.fd("control"), _ZERO, control)
 
     def set_paused(self, paused: bool) -> None:
         """Send every message by TCP from now on, or let the shortcut be used again."""
@@ -269,12 +267,12 @@ class Dataplane:
             KernelError: the kernel refuses, as when another program holds the cgroup alone.
         """
         if not (self.pins / WATCH_LINK).exists():
-            with libbpf.attach_tracepoint(self._fd("up_watch")) as link:
+            with libbpf.attach_tracepoint(self.fd("up_watch")) as link:
                 libbpf.pin(link.number, self.pins / WATCH_LINK)
         fd = os.open(self.cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         with libbpf.Fd(fd) as cgroup:
             try:
-                link = libbpf.attach_cgroup(self._fd("up_handshake"), cgroup.number)
+                link = libbpf.attach_cgroup(self.fd("up_handshake"), cgroup.number)
             except KernelError as error:
                 raise _attach_error(error, self.cgroup, cgroup.number) from None
         with link:
@@ -290,9 +288,9 @@ class Dataplane:
                         libbpf.detach(fd.number)
                 path.unlink()
 
-    def _everywhere(self, program: str) -> Iterator[abi.Record]:
+    def everywhere(self, program: str) -> Iterator[abi.Record]:
         """Run an iterator in every network namespace; what it wrote."""
-        fd = self._fd(program)
+        fd = self.fd(program)
         for namespace in namespaces.net_namespaces():
             data = namespaces.in_namespace(namespace, lambda: libbpf.iterate(fd))
             yield from abi.records(data or b"")
@@ -303,12 +301,12 @@ class Dataplane:
         Args:
             before: the generation that this one replaces, whose listeners are taken over.
         """
-        if before and any(r.armed == _SHARED for r in before._everywhere("up_arm")):
+        if before and any(r.armed == _SHARED for r in before.everywhere("up_arm")):
             # rare: only the old one knows which of them another product armed, too
-            list(before._everywhere("up_disarm"))
+            list(before.everywhere("up_disarm"))
             before = None
         self._steer(adopting=int(before is not None))
-        listeners = list(self._everywhere("up_arm"))
+        listeners = list(self.everywhere("up_arm"))
         self._steer(adopting=0)
         self._find_owners(listeners)
 
@@ -322,7 +320,7 @@ class Dataplane:
             for record in listeners
             if record.covered
         }
-        fd, known = self._fd("owners"), abi.u64()
+        fd, known = self.fd("owners"), abi.u64()
         strange = {i: place for i, place in places.items() if not libbpf.lookup(fd, place, known)}
         processes = programs.of_sockets(set(strange)) if strange else {}
         for inode, place in strange.items():
@@ -334,15 +332,15 @@ class Dataplane:
 
     def drain_step(self) -> list[abi.Record]:
         """Take every endpoint out of the map that holds nothing unread; those that are left."""
-        return list(abi.records(libbpf.iterate(self._fd("up_drain"), self._fd("sockets"))))
+        return list(abi.records(libbpf.iterate(self.fd("up_drain"), self.fd("sockets"))))
 
     def disarm(self) -> None:
         """Take the proof callback off the listeners, unless another program wants it."""
-        list(self._everywhere("up_disarm"))
+        list(self.everywhere("up_disarm"))
 
     def release(self) -> None:
         """Put back what was set on sockets that have left, and wake readers that wait for TCP."""
-        list(self._everywhere("up_release"))
+        list(self.everywhere("up_release"))
 
     # -- the guard -------------------------------------------------------------------------
 
@@ -350,22 +348,22 @@ class Dataplane:
         program.first_seen = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
         rules = self.rules()
         program.rule = rules.get((key, b"")) or rules.get((0, program.name), 0)
-        libbpf.update(self._fd("programs"), abi.u64(key), program, only_new=True)
+        libbpf.update(self.fd("programs"), abi.u64(key), program, only_new=True)
 
     def programs(self) -> list[Program]:
         """Every program that the guard knows, the latest first."""
-        found = libbpf.items(self._fd("programs"), abi.u64, abi.Program)
+        found = libbpf.items(self.fd("programs"), abi.u64, abi.Program)
         ordered = sorted(found, key=lambda item: -item[1].first_seen)
         return [programs.describe(k.value, p, self.about.knobs.observe_ns) for k, p in ordered]
 
     def rules(self) -> dict[tuple[int, bytes], int]:
         """(key, name) -> rule; either the key is 0 or the name empty."""
-        found = libbpf.items(self._fd("rules"), abi.RuleKey, abi.u32)
+        found = libbpf.items(self.fd("rules"), abi.RuleKey, abi.u32)
         return {(at.program, at.name): rule.value for at, rule in found}
 
     def _known(self, name: str) -> list[tuple[ctypes.c_uint64, abi.Program]]:
         """The programs of this name, or the one of this id."""
-        found = libbpf.items(self._fd("programs"), abi.u64, abi.Program)
+        found = libbpf.items(self.fd("programs"), abi.u64, abi.Program)
         return [(k, p) for k, p in found if name in (programs.id_of(k.value), programs.name_of(p))]
 
     def set_rule(self, name: str, rule: Rule) -> int:
@@ -382,12 +380,12 @@ class Dataplane:
         ids = [key for key, _ in known if programs.id_of(key.value) == name]
         at = abi.RuleKey(program=ids[0].value) if ids else abi.RuleKey(name=name.encode())
         if rule == Rule.NONE:
-            libbpf.delete(self._fd("rules"), at)
+            libbpf.delete(self.fd("rules"), at)
         else:
-            libbpf.update(self._fd("rules"), at, abi.u32(rule))
+            libbpf.update(self.fd("rules"), at, abi.u32(rule))
         for key, program in known:
             program.rule = rule
-            libbpf.update(self._fd("programs"), key, program)
+            libbpf.update(self.fd("programs"), key, program)
         self._tell()
         return len(known)
 
@@ -396,20 +394,20 @@ class Dataplane:
         self.set_rule(name, Rule.NONE)
         known = self._known(name)
         for key, _ in known:
-            libbpf.delete(self._fd("programs"), key)
+            libbpf.delete(self.fd("programs"), key)
         return len(known)
 
     def _tell(self) -> None:
         news = abi.News()
-        libbpf.lookup(self._fd("news"), _ZERO, news)
+        libbpf.lookup(self.fd("news"), _ZERO, news)
         news.epoch += 1 << 32  # far from what the programs add meanwhile
-        libbpf.update(self._fd("news"), _ZERO, news)
+        libbpf.update(self.fd("news"), _ZERO, news)
 
     def take_over_guard(self, before: Dataplane) -> None:
         """Know all that the guard of ``before`` knows."""
         for name, key, value in _GUARD_MAPS:
-            for element in libbpf.items(before._fd(name), key, value):
-                libbpf.update(self._fd(name), *element)
+            for element in libbpf.items(before.fd(name), key, value):
+                libbpf.update(self.fd(name), *element)
 
 
 def _attach_error(error: KernelError, cgroup: Path, fd: int) -> KernelError:

@@ -10,7 +10,6 @@ from underpass import __version__, abi, namespaces
 from underpass.errors import Unsupported
 from underpass.model import Fault, Settings
 
-
 #: Numbers of the system calls that tell of a program, by machine: the fields of `abi.Calls`.
 _CALLS = {
     "x86_64": (275, 45, 47, 299, 44, 46, 307),

@@ -24,7 +24,7 @@ BPF_TRACE_ITER = 28
 _LOG_LINES = 12
 _MOST_KEYS = 1 << 20  # a map that changes under the walk may show keys again
 
-_Value = Union[ctypes.Structure, "ctypes._SimpleCData[int]"]  # noqa: UP007 (no [] at run time)
+_Value = Union[ctypes.Structure, "ctypes._SimpleCData[int]"]  # noqa: SLF001 (its public name)
 Key = TypeVar("Key", bound=_Value)
 Element = TypeVar("Element", bound=_Value)
 

@@ -219,7 +219,8 @@ class Program:
         command: how its arguments begin.
         by_arguments: it is an interpreter: the arguments are part of its identity.
         verdict: ``watched``, ``admitted``, ``kept-out``, ``allowed`` or ``denied``.
-        reasons: words of what it was seen to use, or ``rule``.
+        reason: what led to it: ``rule``, and the words of ``signs``.
+        signs: words of what it was seen to use.
         observed_seconds: how long it has run under watch.
         pid: the process that was seen first.
     """
@@ -229,7 +230,8 @@ class Program:
     command: str
     by_arguments: bool
     verdict: str
-    reasons: list[str]
+    reason: str
+    signs: list[str]
     observed_seconds: float
     pid: int
 

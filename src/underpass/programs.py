@@ -23,10 +23,10 @@ _BLOCK = 64
 
 
 def identify(pid: int) -> tuple[int, abi.Program] | None:
-    """Key and description of the program that process ``pid`` runs; None if it has gone or has none."""
+    """Key and description of the program that process ``pid`` runs; None if there is none."""
     process = Path(f"/proc/{pid}")
     try:
-        name = os.fsencode(Path(os.readlink(process / "exe")).name).removesuffix(b" (deleted)")
+        name = os.fsencode((process / "exe").readlink().name).removesuffix(b" (deleted)")
         file = (process / "exe").stat()
         arguments = (process / "cmdline").read_bytes()
     except OSError:
@@ -71,9 +71,9 @@ def of_sockets(inodes: set[int]) -> dict[int, int]:
         if len(found) == len(inodes):
             break
         with contextlib.suppress(OSError):
-            for entry in os.scandir(process / "fd"):
+            for entry in (process / "fd").iterdir():
                 with contextlib.suppress(OSError):
-                    target = os.readlink(entry.path)
+                    target = str(entry.readlink())
                     if target.startswith("socket:[") and int(target[8:-1]) in inodes:
                         found.setdefault(int(target[8:-1]), int(process.name))
     return found
@@ -92,22 +92,16 @@ def name_of(program: abi.Program) -> str:
 def describe(key: int, found: abi.Program, observe_ns: int) -> Program:
     """What `guard list` shows of an element of the map `programs`; mirrors ``admitted()``."""
     signs = Sign(found.signs & sum(Sign))
-    admitted = found.active_ns >= observe_ns
-    if found.rule == Rule.ALLOW:
-        verdict, reasons = "allowed", ["rule", *signs.words]
-    elif found.rule == Rule.DENY:
-        verdict, reasons = "denied", ["rule", *signs.words]
-    elif signs:
-        verdict, reasons = "kept-out", signs.words
-    else:
-        verdict, reasons = ("admitted" if admitted else "watched"), []
+    ruled = {Rule.ALLOW: "allowed", Rule.DENY: "denied"}.get(Rule(found.rule & 3))
+    admitted = "admitted" if found.active_ns >= observe_ns else "watched"
     return Program(
         id=id_of(key),
         name=name_of(found),
         command=_text(bytes(found.command)),
         by_arguments=bool(found.by_arguments),
-        verdict=verdict,
-        reasons=reasons,
+        verdict=ruled or ("kept-out" if signs else admitted),
+        reason=", ".join([*(["rule"] if ruled else []), *signs.words]),
+        signs=signs.words,
         observed_seconds=round(found.active_ns / 1e9, 1),
         pid=found.pid,
     )

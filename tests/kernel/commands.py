@@ -74,3 +74,13 @@ def underpass_where(pins: Path, setting: str, *words: str | Path) -> Done:
     script = f'set -e; {setting}; exec "$@"'
     shell = ["unshare", "--mount", "sh", "-c", script, "sh"]
     return finish(start([*shell, *command(pins, *words)]))
+
+
+def kill_during(words: list[str], seconds: float) -> None:
+    """Start a command and kill -9 it after `seconds`, if it has not ended by then."""
+    process = start(words)
+    try:
+        process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()

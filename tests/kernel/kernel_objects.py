@@ -67,7 +67,7 @@ def wait_gone(objects: set[Object]) -> None:
 
 def sock_ops_on(cgroup: Path) -> list[int]:
     """Ids of the sock_ops programs attached to this very cgroup."""
-    room = 16
+    room = 64  # BPF_CGROUP_MAX_PROGS
     ids = (ctypes.c_uint32 * room)()
     descriptor = os.open(cgroup, os.O_RDONLY)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -102,7 +103,7 @@ def _by_trunc(near: Remote, far: Remote) -> None:
     _receive_with(far, socket.MSG_TRUNC)
 
 
-def _by_oob(near: Remote, far: Remote) -> None:
+def _by_oob(_: Remote, far: Remote) -> None:
     far.worker.call(_send_flagged, far.number, socket.MSG_OOB)
 
 
@@ -132,7 +133,7 @@ USES: dict[Sign, Callable[[Remote, Remote], None]] = {
 
 
 def test_programs_are_watched_before_they_are_admitted(bed: Bed, plane: MakePlane) -> None:
-    """Claim: a new program's connections take TCP, and after it has run for a while the shortcut."""
+    """Claim: a new program's connections take TCP, and the shortcut once it has run for a while."""
     underpass = plane(SOON, watch=True)
     client, server = bed.worker("client"), bed.worker("server")
     near, far = couple(client, server, TO)
@@ -164,7 +165,7 @@ def test_signs_keep_a_program_out(bed: Bed, plane: MakePlane, sign: Sign) -> Non
     near, far = couple(client, server, TO)
     USES[sign](near, far)
     program = _of(underpass, server)
-    assert (program.verdict, program.reasons) == ("kept-out", sign.words)
+    assert (program.verdict, program.signs) == ("kept-out", sign.words)
     assert _of(underpass, client).verdict != "kept-out"
     near, far = couple(client, server, (SERVER4, 8081))
     for _ in range(3):
@@ -216,7 +217,7 @@ def test_rules_overrule_signs(bed: Bed, plane: MakePlane) -> None:
         for p in underpass(bed.pins, "guard", "list", "--json").document()
         if p["id"] == _of(underpass_, client).id
     ]
-    assert (listed["verdict"], listed["reasons"]) == ("denied", ["rule"])
+    assert (listed["verdict"], listed["reason"]) == ("denied", "rule")
     underpass(bed.pins, "guard", "forget", name).ok()
     assert _of_name(underpass_, name) == []
     underpass(bed.pins, "guard", "forget", name).failed(1, "forget", name)
@@ -228,7 +229,7 @@ def _of_name(plane: Dataplane, name: str) -> list[Program]:
 
 def test_a_denied_name_is_denied_before_it_starts(bed: Bed, plane: MakePlane) -> None:
     """Claim: a rule for a name holds for a program that was never seen."""
-    name = os.path.basename(os.readlink("/proc/self/exe"))
+    name = Path("/proc/self/exe").readlink().name
     underpass_ = plane(Settings(deny=(name,)))
     near, far = couple(bed.worker("client"), bed.worker("server"), TO)
     assert not _carried(underpass_, near, far)

@@ -17,9 +17,10 @@ from underpass.model import Program, Rule
 def guard() -> None:
     """Programs that use what the shortcut cannot serve stay on plain TCP.
 
-    A program that has not been seen before is watched while it runs (10 s) on plain TCP. One that
-    splices from sockets, or uses MSG_WAITALL, MSG_OOB, MSG_TRUNC, MSG_ZEROCOPY, SO_RCVLOWAT above 1,
-    kTLS or MPTCP, is kept out, now and when it is started again. The watching goes on for all.
+    A program that has not been seen before is watched while it runs (10 s) on plain TCP. One
+    that splices from sockets, or uses MSG_WAITALL, MSG_OOB, MSG_TRUNC, MSG_ZEROCOPY, SO_RCVLOWAT
+    above 1, kTLS or MPTCP, is kept out, now and when it is started again. The watching goes on
+    for all.
     """
 
 
@@ -40,7 +41,7 @@ def list_(pins: Path, as_json: bool) -> None:
     for title in ("PROGRAM", "VERDICT", "WHY", "ID", "COMMAND"):
         table.add_column(title, overflow="fold", no_wrap=title != "COMMAND")
     for program in programs:
-        why = ", ".join(program.reasons) or _progress(program, observe)
+        why = program.reason or _progress(program, observe)
         table.add_row(program.name, program.verdict, why, program.id, program.command)
     output.console().print(table)
 

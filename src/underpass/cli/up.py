@@ -10,7 +10,6 @@ import click
 from underpass import config, dataplane, namespaces, selftest
 from underpass.errors import UnderpassError, Unsupported
 
-
 admit_unknown = click.option(
     "--admit-unknown",
     "admit",
