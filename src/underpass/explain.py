@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass
 
 from underpass.errors import Usage
@@ -47,20 +48,23 @@ def parse(text: str) -> Target:
     """
     host, port = text, ""
     if text.startswith("["):
-        host, _, port = text[1:].partition("]")
+        host, end, port = text[1:].partition("]")
+        if not end or port[:1] not in ("", ":"):
+            host = text  # no address either
         port = port.removeprefix(":")
     elif text.count(":") == 1:
         host, port = text.split(":")
     try:
         address = ipaddress.ip_address(host)
-        mapped = getattr(address, "ipv4_mapped", None)
-        if port and not (port.isdecimal() and 0 < int(port) < 65536):
+        if isinstance(address, ipaddress.IPv6Address):  # sockets are listed without the scope
+            address = address.ipv4_mapped or ipaddress.IPv6Address(address.packed)
+        if port and not (re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536):
             raise ValueError("a port is a number from 1 to 65535")
         number = int(port) if port else None
     except ValueError as error:
         step = "write ADDRESS, ADDRESS:PORT or [IPV6]:PORT"
         raise Usage("understand", repr(text), str(error), step) from None
-    return Target(str(mapped or address), number)
+    return Target(str(address), number)
 
 
 def explain(
