@@ -46,8 +46,13 @@ PROGRAMS = (
     "up_list",
     "up_drain",
 )
-#: BPF_MAP_TYPE_ARRAY, key and value size of the map `about`.
-_ABOUT_SIZES = (2, 4, ctypes.sizeof(abi.About))
+_ARRAY, _PERCPU_ARRAY = 2, 6  # enum bpf_map_type
+#: Type, key and value size of the maps that are read into memory of ours.
+_SIZES = {
+    "about": (_ARRAY, 4, ctypes.sizeof(abi.About)),
+    "control": (_ARRAY, 4, ctypes.sizeof(abi.Control)),
+    "counters": (_PERCPU_ARRAY, 4, ctypes.sizeof(abi.Counters)),
+}
 _HANDOFF_KEYS = {"handshakes": 8, "syns": 4}
 _LINK, _MAP_LINK = "link_handshake", "link_steer"
 _ZERO = ctypes.c_uint32(0)
@@ -121,6 +126,7 @@ def down(
     """
     if not any(path.exists() for path in (pins, pinning.scratch(pins), pinning.lock(pins))):
         return []
+    namespaces.check_bpffs(pins)  # or it is somebody's directory of files
     with pinning.locked(pins):
         pinning.remove(pinning.scratch(pins))
         if not pins.exists():
@@ -165,7 +171,7 @@ class Dataplane:
                     "open", pins, "no generation is pinned there", "run `underpass up`"
                 ) from None
             raise
-        if sizes != _ABOUT_SIZES:  # before it is read: a larger value would not fit
+        if sizes != _SIZES["about"]:  # before it is read: a larger value would not fit
             raise UnderpassError("use", pins, "it is not a generation of this version", step)
         libbpf.lookup(plane._fd("about"), _ZERO, plane.about)
         if plane.about.abi != abi.ABI:
@@ -173,6 +179,9 @@ class Dataplane:
             raise UnderpassError("use", pins, cause, step)
         if missing := [name for name in (*_MAPS, *PROGRAMS) if not (pins / name).exists()]:
             raise UnderpassError("use", pins, f"its pin {missing[0]} is missing", step)
+        for name, wanted in _SIZES.items():
+            if libbpf.map_sizes(plane._fd(name)) != wanted:
+                raise UnderpassError("use", pins, f"its pin {name} is another map", step)
         return plane
 
     def __enter__(self) -> Dataplane:
@@ -212,7 +221,7 @@ class Dataplane:
     @property
     def version(self) -> str:
         """Version of the underpass that loaded it."""
-        return str(self.about.version.decode())
+        return str(self.about.version.decode(errors="replace"))
 
     @property
     def attached(self) -> bool:
@@ -229,7 +238,7 @@ class Dataplane:
         stop = self._control().stop
         if stop == Reason.DRAINING or not (self.pins / _LINK).exists():
             return "draining"
-        return "paused" if stop == Reason.PAUSED else "active"
+        return "paused" if stop else "active"
 
     def program_id(self) -> int:
         """Id of its sock_ops program."""
