@@ -260,7 +260,15 @@ class Dataplane:
 
     def endpoints(self) -> list[abi.Record]:
         """Every endpoint in the map, as the kernel tells it."""
-        return list(abi.records(libbpf.iterate(self._fd("up_list"), self._fd("sockets"))))
+        return self._walk("up_list")
+
+    def _walk(self, program: str) -> list[abi.Record]:
+        """What the iterator ``program`` tells of the map's endpoints, each once.
+
+        The kernel begins a bucket of a sockhash anew when a read ends in the middle of it.
+        """
+        data = libbpf.iterate(self._fd(program), self._fd("sockets"))
+        return list({record.cookie: record for record in abi.records(data)}.values())
 
     def open_pairs(self) -> int:
         """Number of pairs whose two endpoints are both in the map."""
@@ -371,7 +379,7 @@ class Dataplane:
         if busy:
             time.sleep(IN_FLIGHT_SECONDS)
         while True:
-            left = list(abi.records(libbpf.iterate(self._fd("up_drain"), self._fd("sockets"))))
+            left = self._walk("up_drain")
             if on_progress:
                 on_progress(len(left))
             if not left or time.monotonic() >= deadline:

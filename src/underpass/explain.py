@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections import defaultdict
 from dataclasses import dataclass
 
 from underpass.errors import Usage
@@ -88,6 +89,10 @@ def explain(
         and client.matches(s.endpoint.address, s.endpoint.port)
         and server.matches(s.remote_address, s.remote_port)
     ]
+    facing = defaultdict(list)
+    for sock in sockets:
+        if not sock.listening:
+            facing[sock.remote_address, sock.remote_port].append(sock)
     known = {(p.client.netns, p.client.address, p.client.port): p for p in pairs}
     findings = []
     for sock in ours:
@@ -96,7 +101,7 @@ def explain(
         if pair and sock.in_map:
             findings += _of_pair(subject, pair)
         else:
-            findings.append(_unpaired(subject, sock, state, sockets))
+            findings.append(_unpaired(subject, sock, state, facing))
     return findings or [_outlook(client, server, state, sockets)]
 
 
@@ -126,7 +131,11 @@ def _step(reason: Reason) -> str:
     return steps.get(reason, "nothing to do")
 
 
-def _unpaired(subject: str, sock: Socket, state: str, sockets: list[Socket]) -> Finding:
+def _unpaired(
+    subject: str, sock: Socket, state: str, facing: dict[tuple[str, int], list[Socket]]
+) -> Finding:
+    """Why it is in no pair; ``facing`` are the connected sockets by their remote end."""
+
     def tcp(reason: str, sentence: str, step: str) -> Finding:
         return Finding(subject, "tcp", reason, sentence, step)
 
@@ -140,10 +149,8 @@ def _unpaired(subject: str, sock: Socket, state: str, sockets: list[Socket]) -> 
         return tcp(word, f"It is not in the map: {meaning}.", "reconnect to try again")
     others = [
         s
-        for s in sockets
-        if not s.listening
-        and (s.remote_address, s.remote_port) == (sock.endpoint.address, sock.endpoint.port)
-        and s.endpoint.port != sock.endpoint.port
+        for s in facing.get((sock.endpoint.address, sock.endpoint.port), ())
+        if s.endpoint.port != sock.endpoint.port
     ]
     if not others:
         sentence = (
