@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import tomllib
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +15,8 @@ from underpass.errors import Usage
 from underpass.model import Settings
 
 _MIB = 1 << 20
+_MOST = 64 << 10  # bytes that are read: what never ends, or nearly, is no configuration
+_WIDEST = 1000  # characters of a line: tomllib's memory grows with the square of a dotted key
 _Name = Annotated[str, Meta(min_length=1, max_length=31, pattern=r"^[^/\s]+$")]
 
 
@@ -40,13 +44,15 @@ def read(path: Path | None) -> Settings:
     if path is None:
         return Settings()
     try:
-        fields = msgspec.convert(tomllib.loads(path.read_text()), _File)
+        fields = msgspec.convert(tomllib.loads(_text(path)), _File)
     except OSError as error:
         raise Usage("read", path, error.strerror or str(error), "name a readable file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise Usage("read", path, f"it is not TOML: {error}", "correct it") from None
     except msgspec.ValidationError as error:
         raise Usage("use", path, str(error), "see `underpass up --help` for the fields") from None
+    except RecursionError:
+        raise Usage("read", path, "it is nested too deeply", "correct it") from None
+    except ValueError as error:  # of TOML, of UTF-8, of a number of thousands of digits
+        raise Usage("read", path, f"it is not TOML: {error}", "correct it") from None
     sizes = msgspec.structs.asdict(fields)
     guard = sizes.pop("guard")
     return Settings(
@@ -56,3 +62,20 @@ def read(path: Path | None) -> Settings:
         allow=guard.allow,
         deny=guard.deny,
     )
+
+
+def _text(path: Path) -> str:
+    """The file's text, read without waiting: a FIFO or a device is refused."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise Usage("read", path, "it is not a regular file", "name a regular file")
+        data = file.read(_MOST + 1)
+    if len(data) > _MOST:
+        raise Usage("read", path, f"it is larger than {_MOST} bytes", "name a TOML file")
+    text = data.decode()
+    for number, line in enumerate(text.splitlines(), 1):
+        if len(line) > _WIDEST:
+            cause = f"line {number} is longer than {_WIDEST} characters"
+            raise Usage("read", path, cause, "correct it")
+    return text

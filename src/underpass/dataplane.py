@@ -171,6 +171,7 @@ def down(
     """
     if not any(path.exists() for path in (pins, pinning.scratch(pins), pinning.lock(pins))):
         return []
+    namespaces.check_bpffs(pins)  # or it is somebody's directory of files
     with pinning.locked(pins):
         _recover(pins)
         left = []

@@ -4,6 +4,16 @@ from __future__ import annotations
 
 import os
 
+_LONGEST = 1000
+
+
+def _shown(part: object) -> str:
+    """``part`` fit for a line on a terminal: it may quote a file, a path or the kernel."""
+    text = " ".join(str(part).split())
+    if len(text) > _LONGEST:
+        text = f"{text[:_LONGEST]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
 
 class UnderpassError(Exception):
     """Something that was asked for did not happen.
@@ -18,7 +28,7 @@ class UnderpassError(Exception):
     exit_code = 1
 
     def __init__(self, act: str, obj: object, cause: str, next_step: str) -> None:
-        super().__init__(f"cannot {act} {obj}: {cause}; {next_step}")
+        super().__init__(f"cannot {act} {_shown(obj)}: {_shown(cause)}; {_shown(next_step)}")
         self.act, self.obj, self.cause, self.next_step = act, str(obj), cause, next_step
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import re
+from collections import defaultdict
 from dataclasses import dataclass
 
 from underpass.errors import Usage
@@ -47,20 +49,23 @@ def parse(text: str) -> Target:
     """
     host, port = text, ""
     if text.startswith("["):
-        host, _, port = text[1:].partition("]")
+        host, end, port = text[1:].partition("]")
+        if not end or port[:1] not in ("", ":"):
+            host = text  # no address either
         port = port.removeprefix(":")
     elif text.count(":") == 1:
         host, port = text.split(":")
     try:
         address = ipaddress.ip_address(host)
-        mapped = getattr(address, "ipv4_mapped", None)
-        if port and not (port.isdecimal() and 0 < int(port) < 65536):
+        if isinstance(address, ipaddress.IPv6Address):  # sockets are listed without the scope
+            address = address.ipv4_mapped or ipaddress.IPv6Address(address.packed)
+        if port and not (re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536):
             raise ValueError("a port is a number from 1 to 65535")
         number = int(port) if port else None
     except ValueError as error:
         step = "write ADDRESS, ADDRESS:PORT or [IPV6]:PORT"
         raise Usage("understand", repr(text), str(error), step) from None
-    return Target(str(mapped or address), number)
+    return Target(str(address), number)
 
 
 def explain(
@@ -84,6 +89,10 @@ def explain(
         and client.matches(s.endpoint.address, s.endpoint.port)
         and server.matches(s.remote_address, s.remote_port)
     ]
+    facing = defaultdict(list)
+    for sock in sockets:
+        if not sock.listening:
+            facing[sock.remote_address, sock.remote_port].append(sock)
     known = {(p.client.netns, p.client.address, p.client.port): p for p in pairs}
     findings = []
     for sock in ours:
@@ -92,7 +101,7 @@ def explain(
         if pair and sock.in_map:
             findings += _of_pair(subject, pair)
         else:
-            findings.append(_unpaired(subject, sock, state, sockets))
+            findings.append(_unpaired(subject, sock, state, facing))
     return findings or [_outlook(client, server, state, sockets)]
 
 
@@ -122,7 +131,11 @@ def _step(reason: Reason) -> str:
     return steps.get(reason, "nothing to do")
 
 
-def _unpaired(subject: str, sock: Socket, state: str, sockets: list[Socket]) -> Finding:
+def _unpaired(
+    subject: str, sock: Socket, state: str, facing: dict[tuple[str, int], list[Socket]]
+) -> Finding:
+    """Why it is in no pair; ``facing`` are the connected sockets by their remote end."""
+
     def tcp(reason: str, sentence: str, step: str) -> Finding:
         return Finding(subject, "tcp", reason, sentence, step)
 
@@ -136,10 +149,8 @@ def _unpaired(subject: str, sock: Socket, state: str, sockets: list[Socket]) -> 
         return tcp(word, f"It is not in the map: {meaning}.", "reconnect to try again")
     others = [
         s
-        for s in sockets
-        if not s.listening
-        and (s.remote_address, s.remote_port) == (sock.endpoint.address, sock.endpoint.port)
-        and s.endpoint.port != sock.endpoint.port
+        for s in facing.get((sock.endpoint.address, sock.endpoint.port), ())
+        if s.endpoint.port != sock.endpoint.port
     ]
     if not others:
         sentence = (

@@ -58,8 +58,18 @@ PROGRAMS = (
     "up_list",
     "up_drain",
 )
-#: BPF_MAP_TYPE_ARRAY, key and value size of the map `about`.
-_ABOUT_SIZES = (2, 4, ctypes.sizeof(abi.About))
+_HASH, _ARRAY, _PERCPU_ARRAY, _LRU_HASH = 1, 2, 6, 9  # enum bpf_map_type
+#: Type, key and value size of the maps that are read into memory of ours.
+_SIZES = {
+    "about": (_ARRAY, 4, ctypes.sizeof(abi.About)),
+    "control": (_ARRAY, 4, ctypes.sizeof(abi.Control)),
+    "counters": (_PERCPU_ARRAY, 4, ctypes.sizeof(abi.Counters)),
+    "inherited": (_ARRAY, 4, ctypes.sizeof(abi.Counters)),
+    "news": (_ARRAY, 4, ctypes.sizeof(abi.News)),
+    "programs": (_LRU_HASH, 8, ctypes.sizeof(abi.Program)),
+    "rules": (_HASH, ctypes.sizeof(abi.RuleKey), 4),
+    "owners": (_LRU_HASH, ctypes.sizeof(abi.Place), 8),
+}
 _HANDOFF_KEYS = {"handshakes": 8, "syns": 4}
 LINK, MAP_LINK, WATCH_LINK = "link_handshake", "link_steer", "link_watch"
 _ZERO = ctypes.c_uint32(0)
@@ -97,7 +107,7 @@ class Dataplane:
                     "open", pins, "no generation is pinned there", "run `underpass up`"
                 ) from None
             raise
-        if sizes != _ABOUT_SIZES:  # before it is read: a larger value would not fit
+        if sizes != _SIZES["about"]:  # before it is read: a larger value would not fit
             raise UnderpassError("use", pins, "it is not a generation of this version", step)
         libbpf.lookup(plane.fd("about"), _ZERO, plane.about)
         if plane.about.abi != abi.ABI:
@@ -105,6 +115,9 @@ class Dataplane:
             raise UnderpassError("use", pins, cause, step)
         if missing := [name for name in (*MAPS, *PROGRAMS) if not (pins / name).exists()]:
             raise UnderpassError("use", pins, f"its pin {missing[0]} is missing", step)
+        for name, wanted in _SIZES.items():
+            if libbpf.map_sizes(plane.fd(name)) != wanted:
+                raise UnderpassError("use", pins, f"its pin {name} is another map", step)
         return plane
 
     def __enter__(self) -> Dataplane:
@@ -145,7 +158,7 @@ class Dataplane:
     @property
     def version(self) -> str:
         """Version of the underpass that loaded it."""
-        return str(self.about.version.decode())
+        return str(self.about.version.decode(errors="replace"))
 
     @property
     def settings(self) -> Settings:
@@ -172,7 +185,7 @@ class Dataplane:
         stop = self._control().stop
         if stop == Reason.DRAINING or not (self.pins / LINK).exists():
             return "draining"
-        return "paused" if stop == Reason.PAUSED else "active"
+        return "paused" if stop else "active"
 
     def program_id(self) -> int:
         """Id of its sock_ops program."""
@@ -199,7 +212,15 @@ class Dataplane:
 
     def endpoints(self) -> list[abi.Record]:
         """Every endpoint in the map, as the kernel tells it."""
-        return list(abi.records(libbpf.iterate(self.fd("up_list"), self.fd("sockets"))))
+        return self._walk("up_list")
+
+    def _walk(self, program: str) -> list[abi.Record]:
+        """What the iterator ``program`` tells of the map's endpoints, each once.
+
+        The kernel begins a bucket of a sockhash anew when a read ends in the middle of it.
+        """
+        data = libbpf.iterate(self.fd(program), self.fd("sockets"))
+        return list({record.cookie: record for record in abi.records(data)}.values())
 
     def open_pairs(self) -> int:
         """Number of pairs whose two endpoints are both in the map."""
@@ -215,9 +236,7 @@ class Dataplane:
         held = {record.cookie for record in self.endpoints()}
         found = []
         for namespace in namespaces.net_namespaces():
-            data = namespaces.in_namespace(
-                namespace, lambda: libbpf.iterate(self.fd("up_sockets"))
-            )
+            data = namespaces.in_namespace(namespace, lambda: libbpf.iterate(self.fd("up_sockets")))
             names = {namespace.inode: namespace.label}
             found += [records.socket_of(record, names, held) for record in abi.records(data or b"")]
         return found
@@ -332,7 +351,7 @@ class Dataplane:
 
     def drain_step(self) -> list[abi.Record]:
         """Take every endpoint out of the map that holds nothing unread; those that are left."""
-        return list(abi.records(libbpf.iterate(self.fd("up_drain"), self.fd("sockets"))))
+        return self._walk("up_drain")
 
     def disarm(self) -> None:
         """Take the proof callback off the listeners, unless another program wants it."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from underpass import abi
 from underpass.errors import KernelError, UnderpassError, Unsupported, Usage
 
 BPFFS = Path("/sys/fs/bpf")
@@ -34,10 +35,24 @@ def filesystem_magic(path: Path) -> int:
     return data.type if libc.statfs(os.fsencode(path), ctypes.byref(data)) == 0 else 0
 
 
+def _proc_lines(name: str) -> list[str]:
+    """Lines of ``/proc/self/NAME``.
+
+    Raises:
+        UnderpassError: it cannot be read, as where ``/proc`` is not mounted.
+    """
+    path = Path("/proc/self", name)
+    try:
+        return path.read_text(errors="surrogateescape").splitlines()
+    except OSError as error:
+        cause = error.strerror or str(error)
+        raise UnderpassError("read", path, cause, "mount proc at /proc") from None
+
+
 def _mounts() -> list[list[str]]:
     """Lines of ``/proc/self/mountinfo``, split; the optional fields are dropped."""
     lines = []
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    for line in _proc_lines("mountinfo"):
         left, _, right = line.partition(" - ")
         lines.append(left.split()[:6] + right.split())
     return lines
@@ -45,7 +60,7 @@ def _mounts() -> list[list[str]]:
 
 def missing_capabilities() -> list[str]:
     """Names of the needed capabilities that this process does not have."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in _proc_lines("status"):
         if line.startswith("CapEff:"):
             held = int(line.split()[1], 16)
             if held >> _SYS_ADMIN & 1 and held >> CAPABILITIES["CAP_NET_ADMIN"] & 1:
@@ -101,6 +116,9 @@ def check_cgroup(path: Path) -> Path:
         raise Usage("use cgroup", path, "there is no such directory", hint)
     if filesystem_magic(path) != _CGROUP2_MAGIC:
         raise Usage("use cgroup", path, "it is not in the cgroup v2 hierarchy", hint)
+    longest = abi.About.cgroup.size - 1
+    if len(os.fsencode(path.resolve())) > longest:
+        raise Usage("use cgroup", path, f"its path is longer than {longest} bytes", hint)
     return path.resolve()
 
 
@@ -113,6 +131,16 @@ def cgroup_id_and_level(path: Path) -> tuple[int, int]:
     return (path.stat().st_ino, len(relative.parts)) if relative.parts else (0, 0)
 
 
+def check_bpffs(pins: Path) -> None:
+    """Does ``pins`` lie in a bpffs?
+
+    Raises:
+        Usage: it does not.
+    """
+    if filesystem_magic(pins.parent) != _BPF_MAGIC:
+        raise Usage("pin in", pins, "its parent is not in a bpffs", f"use a path below {BPFFS}")
+
+
 def ensure_bpffs(pins: Path) -> None:
     """Make sure that ``pins`` will lie in a bpffs; mounts one at ``/sys/fs/bpf`` if missing.
 
@@ -123,7 +151,7 @@ def ensure_bpffs(pins: Path) -> None:
     if filesystem_magic(pins.parent) == _BPF_MAGIC:
         return
     if pins.parent != BPFFS:
-        raise Usage("pin in", pins, "its parent is not in a bpffs", f"use a path below {BPFFS}")
+        check_bpffs(pins)
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mount(b"bpf", os.fsencode(BPFFS), b"bpf", 0, b"mode=0700") != 0:
         raise KernelError("mount bpffs at", BPFFS, ctypes.get_errno(), "run as root")
@@ -183,10 +211,11 @@ def in_namespace(namespace: NetNamespace, action: Callable[[], Result]) -> Resul
         What ``action`` returned, or None if the namespace has gone meanwhile.
 
     Raises:
-        UnderpassError: whatever ``action`` raised.
+        UnderpassError: a thread cannot be had.
+        Exception: whatever ``action`` raised.
     """
     outcome: list[Result] = []
-    errors: list[UnderpassError] = []
+    errors: list[BaseException] = []
 
     def run() -> None:
         try:
@@ -201,13 +230,17 @@ def in_namespace(namespace: NetNamespace, action: Callable[[], Result]) -> Resul
                 code = ctypes.get_errno()
                 raise KernelError("enter namespace", namespace.label, code, "run as root")
             outcome.append(action())
-        except UnderpassError as error:
+        except BaseException as error:  # noqa: BLE001 - raised again by the caller
             errors.append(error)
         finally:
             os.close(fd)
 
     thread = threading.Thread(target=run)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:
+        cause, step = "there is no room for a thread", "raise the limits of memory and tasks"
+        raise UnderpassError("enter namespace", namespace.label, cause, step) from None
     thread.join()
     if errors:
         raise errors[0]

@@ -27,12 +27,20 @@ def lock(pins: Path) -> Path:
 
 
 def remove(directory: Path) -> None:
-    """Unpin all that is in ``directory`` and remove it; nothing there is no error."""
+    """Unpin all that is in ``directory`` and remove it; nothing there is no error.
+
+    Raises:
+        KernelError: something in it is a directory, or it cannot be written.
+    """
     if not directory.is_dir():
         return
-    for entry in directory.iterdir():
-        entry.unlink()
-    directory.rmdir()
+    at = directory
+    try:
+        for at in directory.iterdir():
+            at.unlink()
+        directory.rmdir()
+    except OSError as error:
+        raise KernelError("unpin", at, error.errno or 0, "remove it by hand") from None
 
 
 @contextlib.contextmanager

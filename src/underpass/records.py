@@ -50,8 +50,13 @@ def endpoint(record: abi.Record, names: dict[int, str]) -> Endpoint:
     return Endpoint(abi.address(record.local_ip), record.local_port, netns)
 
 
+def _reason(record: abi.Record) -> Reason:
+    known = record.reason < len(REASONS)
+    return REASONS[record.reason] if known else Reason.NO_STATE
+
+
 def _direction(record: abi.Record) -> Direction:
-    reason = REASONS[record.reason]
+    reason = _reason(record)
     return Direction(
         path="shortcut" if reason is Reason.SHORTCUT else "tcp",
         reason=reason.word,
@@ -72,7 +77,7 @@ def socket_of(record: abi.Record, names: dict[int, str], held: set[int]) -> Sock
         covered=bool(record.covered),
         armed=bool(record.armed),
         role=record.role,
-        reason=REASONS[record.reason],
+        reason=_reason(record),
         cookie=record.cookie,
         peer=record.peer,
     )

@@ -106,7 +106,7 @@ def test_up_and_down_at_once(bed: Bed) -> None:
             for words in (
                 ("up", "--admit-unknown", "--cgroup", bed.cgroup),
                 ("down",),
-                ("up", "--cgroup", bed.cgroup),
+                ("up", "--admit-unknown", "--cgroup", bed.cgroup),
             )
         ]
         for process in running:

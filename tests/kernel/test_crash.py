@@ -30,7 +30,7 @@ def _check_live(bed: Bed, port: int) -> None:
 
 
 def _check_carries(bed: Bed, ends: tuple[Worker, Worker], port: int) -> None:
-    """A new connection takes the shortcut (busy ones may have left: a starved reader looks stuck)."""
+    """A new connection takes the shortcut (busy ones may have left: starved readers look stuck)."""
     with Dataplane.open(bed.pins) as live:
         before = live.counters().shortcut_messages_total
         near, far = couple(*ends, (SERVER4, port))

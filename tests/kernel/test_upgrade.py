@@ -183,7 +183,7 @@ def test_upgrade_killed_half_way(bed: Bed) -> None:
         kill_during(command(bed.pins, "upgrade"), moments.uniform(longest / 4, longest))
         seen.add(len(list(BPFFS.glob(f"{bed.name}*"))))
         if number % 4 == 0:
-            underpass(bed.pins, "up", "--cgroup", bed.cgroup).ok()
+            underpass(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup).ok()
             before = _carried(bed.pins)
             near, far = couple(bed.worker("client"), bed.worker("server"), (SERVER4, 8080 + number))
             exchange(near, far, 1)

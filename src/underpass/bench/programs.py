@@ -368,10 +368,10 @@ def _iperf_measures(_: Path, seconds: int) -> list[Measure]:
     def parse(text: str) -> Reading:
         try:
             total = json.loads(text)["end"]["sum_received"]
-        except (ValueError, KeyError):
+            return Reading(total["bits_per_second"] / 1e6, Volume("bytes", total["bytes"]))
+        except (ValueError, KeyError, TypeError):
             cause = f"it printed: {' '.join(text.split())[:120]}"
             raise UnderpassError("read", "the output of iperf3", cause, "see why") from None
-        return Reading(total["bits_per_second"] / 1e6, Volume("bytes", total["bytes"]))
 
     def ask(flags: list[str]) -> Callable[[Mode], list[str]]:
         return lambda mode: [

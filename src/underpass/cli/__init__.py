@@ -11,7 +11,7 @@ import click
 
 from underpass import __version__
 from underpass.cli import output
-from underpass.errors import UnderpassError
+from underpass.errors import UnderpassError, Usage
 
 #: Command -> module of this package that holds it, imported when it is used.
 _COMMANDS = {
@@ -62,11 +62,14 @@ def cli(ctx: click.Context, pins: Path) -> None:
     Exit codes: 0 ok, 1 a check failed or an operation did not complete, 2 usage,
     4 kernel unsupported.
     """
-    ctx.obj = pins.absolute()
+    ctx.obj = Path(os.path.normpath(pins.absolute()))
+    if not ctx.obj.name:
+        raise Usage("pin in", ctx.obj, "it has no name", "name a directory in a bpffs")
 
 
 def main() -> None:
     """Run the command line; every error ends in one line on stderr and an exit code."""
+    output.open_streams()
     try:
         code = cli.main(prog_name="underpass", standalone_mode=False)
         sys.stdout.flush()
@@ -80,8 +83,11 @@ def main() -> None:
     except click.ClickException as error:
         output.fail(error.format_message(), 1)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        output.silence(sys.stdout)
         sys.exit(1)
     except OSError as error:
+        output.silence(sys.stdout)
         output.fail(f"cannot go on: {error}; run `underpass doctor`", 1)
+    except MemoryError:
+        output.fail("cannot go on: out of memory; give it more, or run it where there is more", 1)
     sys.exit(code if isinstance(code, int) else 0)

@@ -194,7 +194,7 @@ def _show(
     if as_json:
         output.print_json(document)
     else:
-        report.print_tables(outcomes, plan, document, output.console())
+        report.print_tables(outcomes, plan, document, output.console(markup=True))
     if directory:
         report.write(document, directory)
         problem = chart.draw(outcomes, plan, document, directory)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from rich.markup import escape
 
 from underpass import features
 from underpass.cli import output
@@ -21,15 +22,15 @@ def doctor(pins: Path, as_json: bool) -> int:
     The self-test runs in a cgroup and on pins of its own and touches nothing else.
     """
     found: list[features.Check] = []
-    console = output.console()
+    console = output.console(markup=True)
     for check in features.checks(pins):
         if not as_json:
             if not found or found[-1].group != check.group:
                 console.print(f"[bold]{check.group}[/]")
-            detail = f": {check.detail}" if check.detail else ""
+            detail = f": {escape(check.detail)}" if check.detail else ""
             console.print(f"  {_MARKS[check.status]} {check.name}{detail}", soft_wrap=True)
             if check.status != "ok" and check.next_step:
-                console.print(f"      next: {check.next_step}", soft_wrap=True)
+                console.print(f"      next: {escape(check.next_step)}", soft_wrap=True)
         found.append(check)
     code = features.exit_code(found)
     if as_json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from pathlib import Path
 
@@ -28,6 +29,8 @@ def down(pins: Path, timeout: float) -> None:
     Endpoints whose readers do not read in time are left working and named; the exit code is then
     1, and `underpass down` can be run again to finish.
     """
+    if math.isnan(timeout):  # it compares with nothing: the wait would have no end
+        raise click.BadParameter("nan is not a number of seconds.", param_hint="--timeout")
     with contextlib.suppress(UnderpassError):
         selftest.sweep()
     was_up = pins.exists()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import click
 from rich.console import Console
@@ -14,9 +16,32 @@ from underpass.model import plain
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
-def console() -> Console:
-    """Where people's text goes; wide enough to keep rows whole when stdout is no terminal."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+def open_streams() -> None:
+    """Give a command that was started without stdout or stderr one that goes nowhere.
+
+    Else the next descriptor, a map's, would take its number. What a stream's encoding lacks is
+    written as an escape.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    if sys.__stdout__ is None:
+        sys.stdout = os.fdopen(1, "w")
+    if sys.__stderr__ is None:
+        sys.stderr = os.fdopen(2, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def console(markup: bool = False) -> Console:
+    """Where people's text goes; wide enough to keep rows whole when stdout is no terminal.
+
+    Args:
+        markup: ``[bold]`` and the like in the text are rich's; else a name may hold brackets.
+    """
+    width = None if sys.stdout.isatty() else 160
+    return Console(highlight=False, markup=markup, width=width)
 
 
 def print_json(value: Any) -> None:
@@ -26,8 +51,18 @@ def print_json(value: Any) -> None:
 
 def fail(line: str, code: int) -> NoReturn:
     """Print the one line of an error on stderr and exit."""
-    click.echo("underpass: " + " ".join(line.split()), err=True)
+    try:
+        click.echo("underpass: " + " ".join(line.split()), err=True)
+    except OSError:
+        silence(sys.stderr)
     sys.exit(code)
+
+
+def silence(stream: TextIO) -> None:
+    """Let what cannot be written go nowhere, so that the interpreter's last flush succeeds."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def size(count: float) -> str:
