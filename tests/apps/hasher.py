@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import http.client
 import http.server
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from tests.kernel.content import content
 from tests.kernel.plans import MIB
 
+SIZES = (0, 1, 700, 20_000, 300_000, 10_000_000)
+"""Bodies that `exchange` sends and gets, in bytes."""
 _DEADLINE = 30.0
 
 
@@ -20,6 +23,7 @@ def parts(stream: int, size: int) -> Iterator[memoryview]:
         yield content(stream, offset, min(MIB, size - offset))
 
 
+@functools.cache
 def sha256(stream: int, size: int) -> str:
     """The sha256 of the first `size` bytes of a stream."""
     whole = hashlib.sha256()
@@ -94,3 +98,17 @@ class Client:
         body = response.read()
         assert response.status == http.HTTPStatus.OK, body
         return body
+
+
+def exchange(host: str, port: int, first: int = 0, sizes: tuple[int, ...] = SIZES) -> int:
+    """In a worker: on one connection upload and download each size once, beginning with `first`.
+
+    Returns the number of bytes that were right; raises AssertionError when one is not.
+    """
+    client = Client(host, port)
+    for turn in range(len(sizes)):
+        size, stream = sizes[(first + turn) % len(sizes)], turn % 2
+        assert client.upload(stream, size) == sha256(stream, size)
+        client.download(stream, size)
+    client.close()
+    return 2 * sum(sizes)
