@@ -19,6 +19,9 @@ from tests.kernel.waiting import wait_until
 from tests.kernel.worker import Worker
 from underpass.dataplane import Dataplane
 
+STREAMS = 0.1
+"""Share of the bytes that the shortcut must carry where a stream can outrun its reader: while it
+is ahead by the whole budget TCP holds it."""
 RUN_DEADLINE = 50.0
 """Seconds after which a client program counts as hung; less than a worker's call may take."""
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.apps import nginx
 from tests.apps.hasher import parts
-from tests.apps.programs import Checked, Compare, ask, find
+from tests.apps.programs import STREAMS, Checked, Compare, ask, find
 from tests.kernel.bed import SERVER4, Bed
 from tests.kernel.plans import MIB
 
@@ -43,8 +43,7 @@ def test_curl_uploads_and_downloads_are_right(
     if not keepalive:
         words += ["--header", "Connection: close"]
     what = f"curl, {'keepalive' if keepalive else 'a connection each'}"
-    # nginx writes uploads to disk: while it is behind by a whole budget TCP holds curl
-    compare(what, _transfer, words, tmp_path, floor=0.1)
+    compare(what, _transfer, words, tmp_path, floor=STREAMS)
 
 
 def _transfer(words: list[str], directory: Path) -> Checked:

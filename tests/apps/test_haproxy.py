@@ -9,7 +9,7 @@ import pytest
 
 from tests.apps.haproxy import start
 from tests.apps.hasher import exchange, serve_hashes
-from tests.apps.programs import Checked, Compare
+from tests.apps.programs import STREAMS, Checked, Compare
 from tests.kernel.bed import CLIENT4, SERVER4, Bed
 
 PORT, TCP_PORT, HASHER_PORT = 8080, 8081, 8082
@@ -32,6 +32,7 @@ def test_bodies_through_haproxy_are_right(
         *(CLIENT4, PORT),
         default=(CLIENT4, TCP_PORT),
         where="server",
+        floor=STREAMS,
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.apps.hasher import parts, sha256
-from tests.apps.programs import Checked, Compare
+from tests.apps.programs import STREAMS, Checked, Compare
 from tests.kernel.bed import SERVER4, Bed
 from tests.kernel.plans import KIB, MIB
 
@@ -60,7 +60,7 @@ def _serve_asyncio() -> None:
 def test_python_servers_echo_all(bed: Bed, compare: Compare, serve: Callable[[], None]) -> None:
     """Claim: 50 connections at once get every byte back, of requests and of long streams."""
     bed.worker("server").call(serve)
-    compare(f"Python server{serve.__name__.replace('_serve', '').replace('_', ', ')}", _use_echo)
+    compare(f"Python server, {serve.__name__.removeprefix('_serve_')}", _use_echo, floor=STREAMS)
 
 
 def _use_echo() -> Checked:
