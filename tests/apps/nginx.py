@@ -31,7 +31,14 @@ http {{
 
 
 def start(
-    bed: Bed, where: str, directory: Path, http: str, port: int, sendfile: str = "on"
+    bed: Bed,
+    where: str,
+    directory: Path,
+    http: str,
+    port: int,
+    sendfile: str = "on",
+    *,
+    outside: bool = False,
 ) -> None:
     """Start nginx with `http` in its http block; returns when `port` answers.
 
@@ -43,4 +50,4 @@ def start(
     config = directory / f"{name}.conf"
     config.write_text(_CONFIG.format(name=name, sendfile=sendfile, http=http))
     words = [nginx, "-c", str(config), "-p", str(directory), "-e", str(directory / "nginx.error")]
-    serve(bed, where, port, words, directory / f"{name}.log")
+    serve(bed, where, port, words, directory / f"{name}.log", outside=outside)
