@@ -105,7 +105,7 @@ struct up_knobs {
 	__u64 recv_wake;        /* address of woken_wake_function, 0 = unknown */
 	__u64 observe_ns;       /* how long a program must have run before it is admitted, 0 = at once */
 	struct up_calls {       /* this architecture's numbers of the system calls that are watched */
-		__u32 splice, recvfrom, recvmsg, recvmmsg, sendto, sendmsg, sendmmsg, pad;
+		__u32 splice, recvfrom, recvmsg, recvmmsg, sendto, sendmsg, sendmmsg, getsockopt;
 	} calls;
 };
 
@@ -151,7 +151,7 @@ struct up_program {
 	__u32 pid;        /* the process that was seen first */
 	__u32 by_arguments; /* 1 = an interpreter: its arguments are part of its identity */
 	char name[32];    /* of the executable */
-	char command[64]; /* how its arguments begin, each ended by NUL */
+	char command[128]; /* how its arguments begin, each ended by NUL */
 };
 
 /* A rule is for one program, or with program 0 for all of that name. */

@@ -46,11 +46,13 @@ static __always_inline __u32 signs_of_call(const void *regs, __u64 call, __u64 *
 
 	if (call != knobs.calls.recvfrom && call != knobs.calls.recvmsg && call != knobs.calls.recvmmsg &&
 	    call != knobs.calls.sendto && call != knobs.calls.sendmsg && call != knobs.calls.sendmmsg &&
-	    call != knobs.calls.splice)
+	    call != knobs.calls.splice && call != knobs.calls.getsockopt)
 		return 0;
 	read_arguments(regs, &a);
 	if (call == knobs.calls.splice)
 		signs = UP_SIGN_SPLICE;
+	else if (call == knobs.calls.getsockopt)
+		signs = a.third == TCP_ZEROCOPY_RECEIVE ? UP_SIGN_ZEROCOPY : 0;
 	else if (call == knobs.calls.recvfrom || call == knobs.calls.recvmmsg)
 		signs = reading(a.fourth);
 	else if (call == knobs.calls.recvmsg)

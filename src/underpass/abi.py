@@ -25,7 +25,7 @@ class Calls(ctypes.Structure):
     _fields_ = [
         (name, u32)
         for name in (
-            "splice", "recvfrom", "recvmsg", "recvmmsg", "sendto", "sendmsg", "sendmmsg", "pad",
+            "splice", "recvfrom", "recvmsg", "recvmmsg", "sendto", "sendmsg", "sendmmsg", "getsockopt",
         )
     ]  # fmt: skip
 
@@ -105,7 +105,7 @@ class Program(ctypes.Structure):
         ("pid", u32),
         ("by_arguments", u32),
         ("name", ctypes.c_char * 32),
-        ("command", u8 * 64),
+        ("command", u8 * 128),
     ]
 
 

@@ -18,7 +18,7 @@ from underpass.model import Program, Rule, Sign
 _MULTIPLIER = 0x9E3779B97F4A7C15
 _WORD = (1 << 64) - 1
 _INTERPRETERS = (b"pyth", b"node", b"java", b"ruby", b"perl", b"dotn", b"busy", b"php")
-_NAME, _ARGUMENTS, _COMMAND = 32, 512, 64
+_NAME, _ARGUMENTS, _COMMAND = 32, 512, 128
 _BLOCK = 64
 
 
