@@ -9,7 +9,7 @@ import socket
 import struct
 
 from tests.semantics.reading import ONCE
-from tests.semantics.stage import MIB, Stage, fill, forked, read_all, reset, said
+from tests.semantics.stage import MIB, Stage, fill, forked, read_all, reset, said, set_up
 from tests.semantics.table import TEN, Subject
 
 CLOSING = Subject("Closing")
@@ -98,7 +98,7 @@ def _close_unread(stage: Stage) -> str:
     "`close` with 10 bytes unread; the peer's `send`, twice",
     "ECONNRESET, EPIPE",
     "10, EPIPE",
-    "the same: the first goes by TCP to a closed socket and is answered by the RST",
+    "as with `recv`; the first goes by TCP to a closed socket, and the RST answers it",
 )
 def _send_unread(stage: Stage) -> str:
     client, server = stage.pair()
@@ -225,6 +225,20 @@ def _shut_both_asleep(stage: Stage) -> str:
     return f"{reading.outcome()}, {stage.told(lambda: server.recv(100))}"
 
 
+@CLOSING.accepted(
+    "`ss -K` (SOCK_DESTROY) under a sleeping `recv`; the next `recv`",
+    "ECONNABORTED, end of file",
+    "EAGAIN, ECONNABORTED",
+    ONCE,
+    carries=0,
+)
+def _destroyed(stage: Stage) -> str:
+    _client, server = stage.pair()
+    reading = stage.begin(lambda: server.recv(100)).asleep()
+    set_up("ss", "-K", "state", "established", "sport", "=", str(server.getsockname()[1]))
+    return f"{reading.outcome()}, {stage.told(lambda: server.recv(100))}"
+
+
 @CLOSING.same("peer's process killed with SIGKILL behind 10 bytes", "10 bytes, end of file")
 def _killed(stage: Stage) -> str:
     client, server = stage.pair()
@@ -249,7 +263,7 @@ def _killed(stage: Stage) -> str:
     "peer's process killed with SIGKILL, asleep on our `recv`, 10 bytes unread by it",
     "ECONNRESET",
     "end of file",
-    "a process that is killed closes: as above",
+    "a process that is killed closes its sockets: as with `close`",
 )
 def _killed_unread(stage: Stage) -> str:
     client, server = stage.pair()

@@ -93,16 +93,15 @@ NETWORK.not_run(
 NETWORK.not_run(
     "kTLS (`TCP_ULP`)",
     "works",
-    "as on TCP",
+    (),
     Verdict.GUARDED,
-    "[not run: no kTLS in the kernels at hand] a socket with an upper layer protocol stays on TCP",
+    "[not run: no kTLS in the kernels at hand] a direction with an upper layer protocol at either "
+    "end stays on TCP",
 )
 NETWORK.not_run(
     "SMC (`AF_SMC`)",
     "works",
-    "as on TCP",
+    (),
     Verdict.GUARDED,
-    "[not run: no AF_SMC in the kernels at hand] its TCP socket is the kernel's own and "
-    "carries the "
-    "fallback only",
+    "[not run: no AF_SMC in the kernels at hand] its TCP socket is the kernel's own",
 )

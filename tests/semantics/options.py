@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import select
 import socket
+from pathlib import Path
 
 from tests.semantics import libc
 from tests.semantics.stage import LOCALHOST, MIB, Stage, fill, said, set_up
 from tests.semantics.table import TEN, Subject
 
 OPTIONS = Subject("Options and figures")
+REFUSED = "the kernel refuses such a socket a place in the map (`not-suitable`)"
 
 
 @OPTIONS.same("`getsockname`, `getpeername`", "they agree", carries=0)
@@ -104,6 +106,24 @@ def _info(stage: Stage) -> str:
     return ", ".join(str(new - old) for new, old in zip(after, before, strict=True))
 
 
+@OPTIONS.accepted(
+    "Recv-Q of `ss` and /proc/net/tcp while 10 bytes wait",
+    "10",
+    "0",
+    "it is the TCP queue's; `underpass connections` shows what waits on the shortcut",
+)
+def _recv_queue(stage: Stage) -> str:
+    client, server = stage.pair()
+    client.sendall(TEN)
+    stage.polled(server, select.POLLIN)
+    ports = f":{server.getsockname()[1]:04X}", f":{client.getsockname()[1]:04X}"
+    for line in Path("/proc/self/net/tcp").read_text().splitlines()[1:]:
+        _, local, remote, _, queues, *_ = line.split()
+        if local.endswith(ports[0]) and remote.endswith(ports[1]):
+            return str(int(queues.partition(":")[2], 16))
+    return "not there"
+
+
 @OPTIONS.same("`SO_INCOMING_CPU` can be read", "yes")
 def _incoming_cpu(stage: Stage) -> str:
     client, server = stage.pair()
@@ -112,15 +132,36 @@ def _incoming_cpu(stage: Stage) -> str:
     return "yes" if found >= 0 else "no"
 
 
-@OPTIONS.guarded(
-    "MPTCP sockets (`IPPROTO_MPTCP`) at both ends", "10 bytes", "the kernel refuses them, so do we"
-)
-def _mptcp(_stage: Stage) -> str:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_MPTCP) as listener:
+def _mptcp(listens: int, connects: int) -> tuple[socket.socket, socket.socket]:
+    """A client and its server, of these protocols."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, listens) as listener:
         listener.bind((LOCALHOST, 0))
         listener.listen()
-        client = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_MPTCP)
+        client = socket.socket(socket.AF_INET, socket.SOCK_STREAM, connects)
         client.connect(listener.getsockname())
         server, _ = listener.accept()
+    return client, server
+
+
+@OPTIONS.guarded("MPTCP sockets at both ends", "10 bytes", REFUSED)
+def _mptcp_both(_stage: Stage) -> str:
+    client, server = _mptcp(socket.IPPROTO_MPTCP, socket.IPPROTO_MPTCP)
+    client.sendall(TEN)
+    return said(lambda: server.recv(100))
+
+
+@OPTIONS.guarded("MPTCP client, TCP listener", "10 bytes", REFUSED)
+def _mptcp_client(_stage: Stage) -> str:
+    client, server = _mptcp(socket.IPPROTO_TCP, socket.IPPROTO_MPTCP)
+    client.sendall(TEN)
+    return said(lambda: server.recv(100))
+
+
+@OPTIONS.same(
+    "MPTCP listener (Go's default), TCP client", "10 bytes", "what it accepts is a TCP socket"
+)
+def _mptcp_listener(stage: Stage) -> str:
+    client, server = _mptcp(socket.IPPROTO_MPTCP, socket.IPPROTO_TCP)
+    stage.settle(client, server)
     client.sendall(TEN)
     return said(lambda: server.recv(100))

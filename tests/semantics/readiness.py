@@ -147,16 +147,25 @@ def _hang_up(stage: Stage) -> str:
     return _told(_epoll(server, HANG_UPS), stage.patience)
 
 
-@READINESS.same(
-    "EPOLLOUT: sender filled up to EAGAIN, then the reader reads all", "nothing, OUT", carries=MIB
-)
-def _writable(stage: Stage) -> str:
+def _writable(stage: Stage, events: int) -> str:
     client, server = stage.pair()
     sent = fill(client)
-    epoll = _epoll(client, select.EPOLLOUT)
+    epoll = _epoll(client, events)
     full = _told(epoll, 0)
     read_all(server, sent)
     return f"{full}, {_told(epoll, stage.patience)}"
+
+
+@READINESS.same(
+    "EPOLLOUT: sender filled up to EAGAIN, then the reader reads all", "nothing, OUT", carries=MIB
+)
+def _writable_level(stage: Stage) -> str:
+    return _writable(stage, select.EPOLLOUT)
+
+
+@READINESS.same("EPOLLOUT, edge-triggered: the same", "nothing, OUT", carries=MIB)
+def _writable_edge(stage: Stage) -> str:
+    return _writable(stage, select.EPOLLOUT | select.EPOLLET)
 
 
 @READINESS.same("signal-driven: `O_ASYNC` and bytes come", "SIGIO")

@@ -123,7 +123,7 @@ def _border(stage: Stage) -> str:
     "10 bytes by the shortcut, 10 behind them by TCP: `recv(MSG_PEEK)`",
     "20 bytes",
     "10 bytes",
-    "as above. A program that peeks until a whole record is there sees the rest only once "
+    "as with `recv`. A program that peeks until a whole record is there sees the rest only once "
     "it has read the "
     "first part: this takes a path change (`pause`, `down`, the budget) inside a record",
 )
@@ -263,7 +263,7 @@ def _trunc(stage: Stage) -> str:
     "`recv(NULL, 10, MSG_TRUNC)`, then `recv`",
     "10, EAGAIN",
     "EFAULT, 10 bytes",
-    "the same; nothing is lost",
+    "`tcp_bpf_recvmsg` knows no MSG_TRUNC; the bytes stay where they are",
 )
 def _trunc_nowhere(stage: Stage) -> str:
     client, server = stage.pair()

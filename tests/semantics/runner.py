@@ -110,6 +110,7 @@ def _play(act: Act, pins: str, patience: float) -> Seen:
 def main() -> None:
     """Play the rows of the command line."""
     ctypes.CDLL(None).prctl(*_KILLED_WITH_PARENT)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this ends it
     netns, cgroup, pins, patience, *names = sys.argv[1:]
     Place(netns, Path(cgroup)).enter()
     for name in names:

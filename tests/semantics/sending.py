@@ -86,6 +86,15 @@ def _io_uring(stage: Stage) -> str:
     return f"{sent}, {said(lambda: bytes(room[:got]))}"
 
 
+@SENDING.same("`io_uring` recv that waits until bytes come", "10")
+def _io_uring_waits(stage: Stage) -> str:
+    client, server = stage.pair()
+    ring = Uring()
+    reading = stage.begin(lambda: ring.recv(server.fileno(), bytearray(100))).asleep()
+    client.sendall(TEN)
+    return reading.outcome()
+
+
 @SENDING.same("one `send` of 8 MiB while the peer reads", "8388608, right", carries=MIB)
 def _large(stage: Stage) -> str:
     client, server = stage.pair()
@@ -191,7 +200,7 @@ def _cork(stage: Stage) -> str:
     "`MSG_MORE`: 10 bytes, then 10 without it",
     "held back, 20 bytes",
     "at once, 20 bytes",
-    "the same",
+    "as with `TCP_CORK`",
     carries=20,
 )
 def _more(stage: Stage) -> str:

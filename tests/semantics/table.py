@@ -114,7 +114,9 @@ class Subject:
         """A row that differs, for a reason that we can live with."""
         return self._add(call, plain, shortcut, Verdict.ACCEPTED, why, carries)
 
-    def not_run(self, call: str, plain: str, shortcut: str, verdict: Verdict, why: str) -> None:
+    def not_run(
+        self, call: str, plain: Outcomes, shortcut: Outcomes, verdict: Verdict, why: str
+    ) -> None:
         """A row for the document alone; `why` says why no test runs it."""
         self._add(call, plain, shortcut, verdict, why, 0)(None)
 
