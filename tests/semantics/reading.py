@@ -75,6 +75,27 @@ def _dontwait(stage: Stage) -> str:
     return f"{first}, {said(lambda: server.recv(100, socket.MSG_DONTWAIT))}"
 
 
+@READING.same("`recv` of 0 bytes, 10 bytes there", "0, 10 bytes")
+def _nothing_of_ten(stage: Stage) -> str:
+    client, server = stage.pair()
+    client.sendall(TEN)
+    first = stage.told(lambda: len(libc.recv(server, 0)))
+    return f"{first}, {said(lambda: server.recv(100))}"
+
+
+@READING.accepted(
+    "`recv` of 0 bytes, nothing there",
+    "blocks",
+    "0",
+    "a program that waits so for bytes goes on at once, and waits in its next `recv`; kernels "
+    "without d900f3d20cc3 loop where bytes are there: `up` and `doctor` refuse them",
+    carries=0,
+)
+def _nothing_of_nothing(stage: Stage) -> str:
+    _client, server = stage.pair()
+    return stage.told(lambda: len(libc.recv(server, 0)))
+
+
 @READING.same(
     "two sends, `recv(MSG_PEEK)` twice, then `recv`", "20 bytes, 20 bytes, 20 bytes", carries=20
 )

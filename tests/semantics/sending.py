@@ -66,6 +66,20 @@ def _compared(server: socket.socket, data: bytes) -> str:
     return "right" if read_all(server, len(data)) == data else "wrong"
 
 
+@SENDING.accepted(
+    "`sendfile`, then the file is written anew before the peer reads",
+    "the new bytes",
+    "the bytes that were sent",
+    "TCP points at the file's pages, the shortcut copies them",
+)
+def _sendfile_changed(stage: Stage) -> str:
+    client, server = stage.pair()
+    handle = _file(TEN)
+    os.sendfile(client.fileno(), handle, 0, len(TEN))
+    os.pwrite(handle, TEN[::-1], 0)
+    return "the bytes that were sent" if server.recv(100) == TEN else "the new bytes"
+
+
 @SENDING.same("`splice` into the socket, 10,000 bytes", "10000 bytes, right", carries=10_000)
 def _splice_into(stage: Stage) -> str:
     client, server = stage.pair()
