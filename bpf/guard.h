@@ -15,7 +15,7 @@
 #define MSG_TRUNC 0x20
 #define MSG_WAITALL 0x100
 #define MSG_ZEROCOPY 0x4000000
-#define TCP_ZEROCOPY_RECEIVE 35 /* no option of another level has this number on a TCP socket */
+#define TCP_ZEROCOPY_RECEIVE 35
 #define S_IFMT 0170000
 #define S_IFSOCK 0140000
 #define IPPROTO_TCP 6

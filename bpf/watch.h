@@ -8,7 +8,7 @@
 
 /* CO-RE picks the architecture's own as the object is loaded. */
 struct arguments {
-	__u64 first, third, fourth;
+	__u64 first, second, third, fourth;
 };
 
 static __always_inline void read_arguments(const void *regs, struct arguments *a)
@@ -18,10 +18,12 @@ static __always_inline void read_arguments(const void *regs, struct arguments *a
 
 	if (bpf_core_field_exists(x86->r10)) {
 		a->first = BPF_CORE_READ(x86, di);
+		a->second = BPF_CORE_READ(x86, si);
 		a->third = BPF_CORE_READ(x86, dx);
 		a->fourth = BPF_CORE_READ(x86, r10);
 	} else {
 		a->first = BPF_CORE_READ(arm, orig_x0);
+		a->second = BPF_CORE_READ(arm, regs[1]);
 		a->third = BPF_CORE_READ(arm, regs[2]);
 		a->fourth = BPF_CORE_READ(arm, regs[3]);
 	}
@@ -52,7 +54,7 @@ static __always_inline __u32 signs_of_call(const void *regs, __u64 call, __u64 *
 	if (call == knobs.calls.splice)
 		signs = UP_SIGN_SPLICE;
 	else if (call == knobs.calls.getsockopt)
-		signs = a.third == TCP_ZEROCOPY_RECEIVE ? UP_SIGN_ZEROCOPY : 0;
+		signs = a.second == SOL_TCP && a.third == TCP_ZEROCOPY_RECEIVE ? UP_SIGN_ZEROCOPY : 0;
 	else if (call == knobs.calls.recvfrom || call == knobs.calls.recvmmsg)
 		signs = reading(a.fourth);
 	else if (call == knobs.calls.recvmsg)

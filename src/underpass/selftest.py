@@ -207,6 +207,20 @@ def _shutdown_is_final(_: Dataplane) -> None:
         raise _Failed("send after shutdown succeeded")
 
 
+def _reads_nothing(_: Dataplane) -> None:
+    """Asked of an empty queue, where kernels that would loop say EAGAIN: nothing is risked."""
+    with _connection() as (client, server):
+        client.sendall(b"x")
+        _read(server, 1)
+        server.setblocking(False)  # or Python waits for bytes before it calls
+        try:
+            data = server.recvmsg(0)[0]
+        except BlockingIOError:
+            text = "with bytes there it would loop in the kernel (CVE-2023-53133, mended in 6.1.20)"
+            raise _Failed(text) from None
+        _expect(data == b"", "wrong bytes")
+
+
 def _waitall(plane: Dataplane) -> None:
     with _connection() as (client, server):
         plane.set_paused(True)
@@ -275,6 +289,7 @@ _TESTS: tuple[tuple[str, bool, _Test], ...] = (
     ("close after redirected bytes: bytes, then end of file", True, _close_delivers),
     ("reset after redirected bytes: bytes, then ECONNRESET", False, _reset_delivers),
     ("send after shutdown gives EPIPE", False, _shutdown_is_final),
+    ("a read of 0 bytes returns at once", True, _reads_nothing),
     ("a reader asleep in MSG_WAITALL on TCP bytes is not passed over", True, _waitall),
     ("SO_RCVLOWAT is honoured", False, _lowat),
     ("FIONREAD counts bytes of the shortcut", False, _fionread_shortcut),
@@ -291,7 +306,7 @@ _CONSEQUENCES: dict[_Test, str] = {
     _pairs_ipv6: "IPv6 connections stay on TCP",
 }
 #: What `up` tries before it goes live: quick, and leaves no endpoint behind.
-_QUICK = (_pairs_ipv4, _order_after_tcp, _charged, _fionread_tcp)
+_QUICK = (_pairs_ipv4, _order_after_tcp, _charged, _reads_nothing, _fionread_tcp)
 
 
 def fionread_broken(outcomes: list[Outcome]) -> bool:

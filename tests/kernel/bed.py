@@ -13,7 +13,7 @@ import re
 import shutil
 import signal
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tests.kernel.kernel_objects import pinned, wait_gone
@@ -28,6 +28,8 @@ _NUMBERS = itertools.count(1)
 
 ADMITTING = Settings(admit_unknown=True)
 """For tests that are not about the guard: no program is watched first."""
+UNGUARDED = replace(ADMITTING, allow=(Path("/proc/self/exe").readlink().name[:31],))
+"""For tests that do on purpose what the guard keeps out."""
 CLIENT4, SERVER4, ROUTER4 = "10.77.0.1", "10.77.0.2", "10.77.0.254"
 CLIENT6, SERVER6 = "fd77::1", "fd77::2"
 
