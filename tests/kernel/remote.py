@@ -15,13 +15,13 @@ from pathlib import Path
 
 from tests.kernel.content import Sink, content
 from tests.kernel.plans import family_of
-from tests.kernel.waiting import wait_until
+from tests.kernel.waiting import patient, wait_until
 from tests.kernel.worker import CALL_DEADLINE, Worker
 
 _SOCKETS: dict[int, socket.socket] = {}
 _SENT: dict[int, int] = {}
 _SINKS: dict[int, Sink] = {}
-_DEADLINE = 20.0
+_DEADLINE = patient(20.0)
 IN_SYN = 1000
 """Bytes that a fast open sends ahead."""
 _RECVFROM = "45" if platform.machine() == "x86_64" else "207"

@@ -14,10 +14,10 @@ from tests.kernel.kernel_objects import pinned, sock_ops_on, wait_gone
 from tests.kernel.plans import MIB
 from tests.kernel.remote import couple, exchange
 from tests.kernel.traffic import Load
-from tests.kernel.waiting import wait_until
+from tests.kernel.waiting import fewer, wait_until
 from underpass.dataplane import Dataplane
 
-ROUNDS = 25
+ROUNDS = fewer(25)
 
 
 def _kill_during(words: list[str], seconds: float) -> None:
