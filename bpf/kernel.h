@@ -58,6 +58,7 @@ struct sock_common {
 	possible_net_t skc_net;
 	struct in6_addr skc_v6_daddr, skc_v6_rcv_saddr;
 	atomic64_t skc_cookie;
+	struct sock *skc_listener;
 };
 typedef struct { int owned; } socket_lock_t;
 struct wait_queue_entry { void *func; struct list_head entry; };
@@ -81,6 +82,10 @@ struct tcp_sock {
 	__u32 copied_seq, rcv_nxt, write_seq, snd_una;
 	__u8 bpf_sock_ops_cb_flags;
 };
+struct request_sock { struct sock_common __req_common; };
+struct inet_request_sock { struct request_sock req; };
+struct tcp_request_sock { struct inet_request_sock req; __u32 rcv_isn; };
+struct bpf_sock_ops_kern { struct sock *sk; }; /* what a sock_ops context really is */
 struct sk_psock { struct list_head ingress_msg; refcount_t refcnt; };
 
 struct seq_file;

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /* Rule 1, prove, then pair. Three callbacks see one handshake, always in this order:
  *
- *   listener's SYN-ACK    notes the client's initial number and how the listener sees both ends
+ *   listener's SYN-ACK    notes the client's initial number and how the listener sees both ends (the
+ *                         request before the SYN-ACK does it where the listener is not armed)
  *   client ESTABLISHED    finds its own SYN there, enters the map, leaves its two numbers behind
  *   server ESTABLISHED    finds the mirrored numbers and the same view, enters the map, is paired
  *
@@ -155,24 +156,42 @@ static __always_inline void on_listen(struct bpf_sock_ops *ctx)
 		bpf_sock_ops_cb_flags_set(ctx, flags | BUILD_FLAG);
 }
 
-/* The listener answers a SYN of this number: remember it for the client's own callback. */
-static __always_inline void on_syn_ack(struct bpf_sock_ops *ctx)
+/* A listener answers a SYN of this number: remember it for the client's own callback. */
+static __always_inline void note_syn(struct bpf_sock_ops *ctx, __u32 number)
 {
-	struct { __u32 ports, number; } head = {};
 	struct syn syn = {}, *known;
-	__u32 number;
-	long got;
 
-	got = bpf_getsockopt(ctx, SOL_TCP, TCP_BPF_SYN, &head, sizeof(head));
-	if (got < 0 && got != -ENOSPC) /* ENOSPC: the buffer is filled, the header is longer */
-		return;
-	number = bpf_ntohl(head.number);
 	read_view(ctx, &syn.view);
 	known = bpf_map_lookup_elem(&syns, &number);
 	if (known && !same_view(&known->view, &syn.view))
 		known->ambiguous = 1;
 	if (!known && bpf_map_update_elem(&syns, &number, &syn, BPF_ANY))
 		count_socket(UP_NO_MEMORY);
+}
+
+/* An armed listener builds its SYN-ACK. */
+static __always_inline void on_syn_ack(struct bpf_sock_ops *ctx)
+{
+	struct { __u32 ports, number; } head = {};
+	long got;
+
+	got = bpf_getsockopt(ctx, SOL_TCP, TCP_BPF_SYN, &head, sizeof(head));
+	if (got < 0 && got != -ENOSPC) /* ENOSPC: the buffer is filled, the header is longer */
+		return;
+	note_syn(ctx, bpf_ntohl(head.number));
+}
+
+/* Any listener is about to answer a SYN (not with a cookie). For those that stood before us and that
+ * an iterator could not arm (kernels before 6.12); the others call on_syn_ack a moment later. */
+static __always_inline void on_request(struct bpf_sock_ops *ctx)
+{
+	const struct bpf_sock_ops_kern *kern = (const void *)ctx;
+	const struct tcp_request_sock *req = (const void *)BPF_CORE_READ(kern, sk);
+	const struct tcp_sock *listener;
+
+	listener = (const void *)BPF_CORE_READ(req, req.req.__req_common.skc_listener);
+	if (!(BPF_CORE_READ(listener, bpf_sock_ops_cb_flags) & BUILD_FLAG))
+		note_syn(ctx, BPF_CORE_READ(req, rcv_isn));
 }
 
 static __always_inline void on_client(struct bpf_sock_ops *ctx)
