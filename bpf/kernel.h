@@ -73,6 +73,7 @@ struct sock_common {
 	struct in6_addr skc_v6_daddr, skc_v6_rcv_saddr;
 	atomic64_t skc_cookie;
 	unsigned long skc_flags;
+	struct sock *skc_listener;
 };
 typedef struct { int owned; } socket_lock_t;
 struct wait_queue_entry { void *func; struct list_head entry; };
@@ -102,6 +103,10 @@ struct tcp_sock {
 };
 /* Only where its bit stands counts: it moves between kernels. */
 enum sock_flags { SOCK_ZEROCOPY = 1 };
+struct request_sock { struct sock_common __req_common; };
+struct inet_request_sock { struct request_sock req; };
+struct tcp_request_sock { struct inet_request_sock req; __u32 rcv_isn; };
+struct bpf_sock_ops_kern { struct sock *sk; }; /* what a sock_ops context really is */
 struct sk_psock { struct list_head ingress_msg; refcount_t refcnt; };
 
 struct seq_file;

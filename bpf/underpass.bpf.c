@@ -27,6 +27,10 @@ int up_handshake(struct bpf_sock_ops *ctx)
 		else /* a request: this is its SYN-ACK */
 			on_syn_ack(ctx);
 		break;
+	case BPF_SOCK_OPS_TIMEOUT_INIT: /* also of connecting sockets, which are full ones */
+		if (!ctx->is_fullsock)
+			on_request(ctx);
+		break;
 	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
 		on_client(ctx);
 		break;

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.kernel.waiting import patient
+
 pytest_plugins = ["tests.kernel.fixtures"]
 
 _MEASURED: list[str] = []
@@ -22,6 +24,15 @@ def long_run() -> bool:
 def measured() -> Callable[[str], None]:
     """Takes a line that is printed after the tests."""
     return _MEASURED.append
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give every test the time that it needs on this machine."""
+    usual = float(config.getini("timeout"))
+    for item in items:
+        own = item.get_closest_marker("timeout")
+        seconds = patient(own.args[0] if own else usual)
+        item.add_marker(pytest.mark.timeout(seconds), append=False)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -25,7 +25,8 @@ class Calls(ctypes.Structure):
     _fields_ = [
         (name, u32)
         for name in (
-            "splice", "recvfrom", "recvmsg", "recvmmsg", "sendto", "sendmsg", "sendmmsg", "getsockopt",
+            "splice", "recvfrom", "recvmsg", "recvmmsg", "sendto", "sendmsg", "sendmmsg",
+            "getsockopt",
         )
     ]  # fmt: skip
 

@@ -189,10 +189,12 @@ def _outlook(client: Target, server: Target, state: str, sockets: list[Socket]) 
     if not any(s.covered for s in listeners):
         sentence = "The listener's process is outside the cgroup that underpass is attached to."
         return none("outside-cgroup", sentence, "attach to a cgroup that holds it (`up --cgroup`)")
-    if not any(s.armed for s in listeners):
-        sentence = "The listener does not answer with the proof callback yet."
-        return none("not-armed", sentence, "run `underpass up` again: it arms what stands")
     if state != "active":
         return none(state, f"underpass is {state}: it would take TCP.", "run `underpass resume`")
     sentence = "A listener of this node is ready: a new connection would take the shortcut."
+    if not any(s.armed for s in listeners):
+        sentence += (
+            " The listener stood before and could not be armed: one that it answers with a "
+            "SYN cookie, as under a flood, would take TCP until its program is restarted."
+        )
     return none("ready", sentence, "connect, then ask again")

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from underpass import dataplane, generation, libbpf, namespaces, selftest
 from underpass.errors import UnderpassError, Unsupported
-
-_FLOOR = (6, 1)
 
 
 @dataclass(frozen=True)
@@ -58,13 +55,7 @@ def exit_code(found: list[Check]) -> int:
 
 
 def _node(pins: Path) -> Iterator[Check]:
-    release = platform.release()
-    version = tuple(int(part) for part in release.split("-")[0].split(".")[:2] if part.isdigit())
-    yield (
-        Check("node", "kernel", "ok", release)
-        if version >= _FLOOR
-        else Check("node", "kernel", "failed", f"{release} is older than 6.1", "upgrade", True)
-    )
+    yield _tried("node", "kernel", namespaces.check_kernel)
     btf = Path("/sys/kernel/btf/vmlinux")
     yield (
         Check("node", "type information (BTF)", "ok", str(btf))

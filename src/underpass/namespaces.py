@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from underpass import abi
 from underpass.errors import KernelError, UnderpassError, Unsupported, Usage
 
 BPFFS = Path("/sys/fs/bpf")
+FLOOR = (6, 1)
+"""The oldest kernel that the tests run on; docs/KERNELS.md says what older ones lack."""
 CLONE_NEWNET = 0x40000000
 _BPF_MAGIC = 0xCAFE4A11
 _CGROUP2_MAGIC = 0x63677270
@@ -69,13 +72,29 @@ def missing_capabilities() -> list[str]:
     return list(CAPABILITIES)
 
 
+def check_kernel() -> str:
+    """The kernel's release, if it is not too old.
+
+    Raises:
+        Unsupported: it is.
+    """
+    release = platform.release()
+    version = tuple(int(part) for part in release.split("-")[0].split(".")[:2] if part.isdigit())
+    if version < FLOOR:
+        floor = ".".join(map(str, FLOOR))
+        cause = f"it is {release}, underpass needs {floor}"
+        raise Unsupported("use", "this kernel", cause, f"boot Linux {floor} or newer")
+    return release
+
+
 def check_node() -> None:
-    """Are the capabilities and the kernel's type information there?
+    """Is the kernel new enough, are the capabilities and its type information there?
 
     Raises:
         UnderpassError: a capability is missing.
-        Unsupported: the kernel has no BTF.
+        Unsupported: the kernel is too old or has no BTF.
     """
+    check_kernel()
     missing = missing_capabilities()
     if missing:
         raise UnderpassError("load", "programs", f"missing {', '.join(missing)}", "run as root")

@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tests.kernel.content import Sink, WrongBytesError, content
 from tests.kernel.plans import family_of
-from tests.kernel.waiting import wait_until
+from tests.kernel.waiting import patient, wait_until
 
 _REQUEST, _RESPONSE = 100, 400
 _NUMBER = struct.Struct("!Q")
-_TIMEOUT = struct.pack("ll", 20, 0)
+_TIMEOUT = struct.pack("ll", int(patient(20)), 0)
 _ENOUGH = 20
 
 

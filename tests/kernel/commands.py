@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-DEADLINE = 60.0
+from tests.kernel.waiting import patient
+
+DEADLINE = patient(60.0)
 """Seconds after which a command counts as hung."""
 
 

@@ -8,6 +8,7 @@ import platform
 import select
 import socket
 import struct
+import subprocess
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -15,15 +16,16 @@ from pathlib import Path
 
 from tests.kernel.content import Sink, content
 from tests.kernel.plans import family_of
-from tests.kernel.waiting import wait_until
+from tests.kernel.waiting import patient, wait_until
 from tests.kernel.worker import CALL_DEADLINE, Worker
 
 _SOCKETS: dict[int, socket.socket] = {}
 _SENT: dict[int, int] = {}
 _SINKS: dict[int, Sink] = {}
-_DEADLINE = 20.0
+_DEADLINE = patient(20.0)
 IN_SYN = 1000
 """Bytes that a fast open sends ahead."""
+_CLONE_NEWNET = 0x40000000
 _RECVFROM = "45" if platform.machine() == "x86_64" else "207"
 ROUND = 4096
 """Bytes that `exchange` sends each way in a round."""
@@ -165,6 +167,12 @@ def begin_connect(worker: Worker, to: Address) -> Remote:
     return Remote(worker, worker.call(_begin_connect, to))
 
 
+def hide(worker: Worker, address: Address) -> tuple[Remote, Remote]:
+    """A socket and a listener in a namespace that nothing but these two keeps alive."""
+    near, listener = worker.call(_hide, address)
+    return Remote(worker, near), Remote(worker, listener)
+
+
 def accept_any(listeners: list[Remote]) -> Remote:
     """Accept the one connection that waits at one of the listeners."""
 
@@ -254,6 +262,17 @@ def _connect(
     else:
         sock.connect(to)
     return number
+
+
+def _hide(address: Address) -> tuple[int, int]:
+    """Enter a new namespace; the calling thread, which alone is in it, ends with the call."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "unshare")
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    near = socket.socket(family_of(address[0]), socket.SOCK_STREAM)
+    listener = _listen(address, reuse_port=False, fast_open=False, protocol=socket.IPPROTO_TCP)
+    return _keep(near), listener
 
 
 def _begin_connect(to: Address) -> int:

@@ -12,6 +12,7 @@ from tests.kernel.fixtures import MakePlane
 from tests.kernel.memory import held_bytes
 from tests.kernel.plans import KIB, MIB
 from tests.kernel.remote import Remote, couple, exchange
+from tests.kernel.waiting import patient
 from underpass.model import Fault, Settings
 
 MOST = 128 * MIB
@@ -99,7 +100,7 @@ def test_delivery_resumes_after_a_long_stall(bed: Bed, plane: MakePlane) -> None
     more = 8 * MIB
     sending = near.submit_send(1, more, 64 * KIB)
     far.receive(1, accepted + more)
-    sending.result(20)
+    sending.result(patient(20))
     exchange(near, far, 1)
     assert underpass.counters().tcp_messages_total["budget-bytes"] > 0
 

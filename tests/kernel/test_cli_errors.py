@@ -88,6 +88,16 @@ def test_without_root(bed: Bed, word: str) -> None:
     assert len(sock_ops_on(bed.cgroup)) == 1
 
 
+@pytest.mark.parametrize("word", ["up", "doctor"])
+def test_a_kernel_that_is_too_old(bed: Bed, word: str) -> None:
+    """Claim: below the stated floor `up` and `doctor` refuse, and tell which kernel will do."""
+    words = [word, "--cgroup", bed.cgroup] if word == "up" else [word]
+    done = finish(start(["setarch", "--uname-2.6", *command(bed.pins, *words)]))
+    done.failed(UNSUPPORTED, "kernel")
+    assert "underpass needs 6.1" in done.out + done.err
+    _check_nothing_left(bed)
+
+
 def test_without_type_information(bed: Bed) -> None:
     """Claim: a kernel without BTF is told to be unsupported."""
     hide = "mount -t tmpfs tmpfs /sys/kernel/btf"

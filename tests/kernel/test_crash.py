@@ -13,10 +13,11 @@ from tests.kernel.kernel_objects import pinned, sock_ops_on, wait_gone
 from tests.kernel.plans import MIB
 from tests.kernel.remote import couple, exchange
 from tests.kernel.traffic import Load
+from tests.kernel.waiting import fewer
 from tests.kernel.worker import Worker
 from underpass.dataplane import Dataplane
 
-ROUNDS = 25
+ROUNDS = fewer(25)
 
 
 def _check_live(bed: Bed, port: int) -> None:

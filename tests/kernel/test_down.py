@@ -11,12 +11,12 @@ from tests.kernel.kernel_objects import pinned, sock_ops_on, wait_gone
 from tests.kernel.plans import KIB, MIB
 from tests.kernel.remote import couple, exchange
 from tests.kernel.traffic import Load
-from tests.kernel.waiting import wait_until
+from tests.kernel.waiting import fewer, wait_until
 from underpass import dataplane
 from underpass.dataplane import Dataplane
 from underpass.model import Fault
 
-ROUNDS = 20
+ROUNDS = fewer(20)
 
 
 def _check_gone(bed: Bed) -> None:

@@ -7,7 +7,7 @@ import pytest
 from tests.kernel.bed import SERVER4, Bed
 from tests.kernel.fixtures import MakePlane
 from tests.kernel.remote import ROUND, begin_connect, connect, exchange, listen
-from tests.kernel.waiting import wait_until
+from tests.kernel.waiting import patient, wait_until
 from underpass.model import Fault
 
 ADDRESS = (SERVER4, 8080)
@@ -25,14 +25,14 @@ def _read_before_the_handshake(bed: Bed, deadline: float) -> None:
     listener.accept()
     far = listener.accept()
     far.send(2, ROUND)
-    reading.result(deadline + 1)
+    reading.result(deadline + patient(1))
     exchange(near, far, 1)
 
 
 def test_an_early_reader_gets_the_first_message(bed: Bed, plane: MakePlane) -> None:
     """Claim: a reader asleep in recv since before the handshake gets the server's first message."""
     underpass = plane()
-    _read_before_the_handshake(bed, 20)
+    _read_before_the_handshake(bed, patient(20))
     counters = underpass.counters()
     assert counters.pairs_total == 2
     assert counters.tcp_messages_total["reader-waits-for-tcp"] > 0

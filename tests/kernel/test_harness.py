@@ -15,7 +15,7 @@ from tests.kernel.churn import churn_connect, churn_serve
 from tests.kernel.plans import BUSY, MIB, SMALL_MESSAGES, Batch, Mode, Plan, Step, mixed
 from tests.kernel.remote import couple, exchange
 from tests.kernel.traffic import Running, run_batch
-from tests.kernel.waiting import wait_until
+from tests.kernel.waiting import patient, wait_until
 from tests.kernel.worker import REPOSITORY
 
 
@@ -115,7 +115,7 @@ def test_plain_tcp_passes_short_connections(bed: Bed, processes: int) -> None:
     address = (SERVER4, 8080)
     serving = bed.worker("server").submit(churn_serve, address, 4000, processes)
     assert bed.worker("client").call(churn_connect, address, 4000, 0) == []
-    assert serving.result(20) == []
+    assert serving.result(patient(20)) == []
 
 
 def test_plain_tcp_stops_a_sender(bed: Bed) -> None:

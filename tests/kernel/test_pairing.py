@@ -16,6 +16,7 @@ from tests.kernel.remote import (
     connect,
     couple,
     exchange,
+    hide,
     listen,
 )
 from tests.kernel.waiting import wait_until
@@ -180,6 +181,18 @@ def test_listeners_that_stood_before_pair(bed: Bed, plane: MakePlane) -> None:
         near = connect(bed.worker("client"), (address, PORT))
         exchange(near, listener.accept(), 1)
     assert underpass.counters().pairs_total == 2
+
+
+def test_a_listener_that_no_iterator_reaches_pairs(bed: Bed, plane: MakePlane) -> None:
+    """Claim: a listener that stood before `up` and was not armed has its connections proven too."""
+    here = ("127.0.0.1", PORT)
+    near, listener = hide(bed.worker("client"), here)
+    underpass = plane()
+    near.connect_again(here)
+    exchange(near, listener.accept(), 1)
+    counters = underpass.counters()
+    assert counters.pairs_total == 1
+    assert counters.shortcut_messages_total > 0
 
 
 def test_connections_that_stood_before_stay_tcp(bed: Bed, plane: MakePlane) -> None:

@@ -8,6 +8,7 @@ from tests.kernel.bed import CLIENT4, SERVER4, Bed
 from tests.kernel.churn import churn_connect, churn_serve
 from tests.kernel.fixtures import MakePlane
 from tests.kernel.remote import accept_any, connect, couple, exchange, listen
+from tests.kernel.waiting import patient
 from underpass.model import Settings
 
 PORT = 8080
@@ -65,7 +66,7 @@ def test_forked_processes_that_share_a_listener(bed: Bed, plane: MakePlane) -> N
     address = (SERVER4, PORT)
     serving = bed.worker("server").submit(churn_serve, address, 2000, processes=3)
     assert bed.worker("client").call(churn_connect, address, 2000, 0) == []
-    assert serving.result(20) == []
+    assert serving.result(patient(20)) == []
     assert underpass.counters().pairs_total >= 2000
 
 

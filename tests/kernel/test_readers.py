@@ -11,7 +11,7 @@ from tests.kernel.bed import SERVER4, Bed
 from tests.kernel.fixtures import MakePlane
 from tests.kernel.plans import KIB, MIB
 from tests.kernel.remote import ROUND, Remote, couple, exchange
-from tests.kernel.waiting import holds_for, wait_until
+from tests.kernel.waiting import holds_for, patient, wait_until
 from underpass.dataplane import Dataplane
 from underpass.model import Fault
 
@@ -33,7 +33,7 @@ def _wait_all_across(bed: Bed, underpass: Dataplane) -> None:
     wait_until(lambda: near.queues()[0] == far.queues()[1] == 0, "the reader has 10 bytes")
     underpass.set_forced(0)
     near.send(1, 90)
-    reading.result(30)
+    reading.result(patient(30))
     exchange(near, far, 1)
 
 
@@ -59,7 +59,7 @@ def _shut_under_a_reader(near: Remote, far: Remote) -> None:
     far.expect_eof()
     holds_for(lambda: not reading.done(), 0.5)
     far.send(2, 1000)
-    reading.result(30)
+    reading.result(patient(30))
 
 
 def _unblock_under_a_reader(near: Remote, far: Remote) -> None:
@@ -71,7 +71,7 @@ def _unblock_under_a_reader(near: Remote, far: Remote) -> None:
     far.receive(1, sent - 4 * ROUND)
     holds_for(lambda: not reading.done(), 0.5)
     far.send(2, 1000)
-    reading.result(30)
+    reading.result(patient(30))
 
 
 WAKERS = pytest.mark.parametrize("disturb", [_shut_under_a_reader, _unblock_under_a_reader])

@@ -7,11 +7,11 @@ import itertools
 from tests.kernel.bed import SERVER4, Bed
 from tests.kernel.churn import churn_connect, churn_serve
 from tests.kernel.fixtures import MakePlane
-from tests.kernel.waiting import wait_until
+from tests.kernel.waiting import fewer, patient, wait_until
 
-CONNECTIONS = 100_000
 _SERVERS = 2
-_DEADLINE = 240.0
+CONNECTIONS = fewer(100_000 // _SERVERS) * _SERVERS
+_DEADLINE = patient(240.0)
 
 
 def test_short_connections(bed: Bed, plane: MakePlane) -> None:

@@ -18,7 +18,7 @@ from tests.kernel.endpoints import (
     play,
 )
 from tests.kernel.plans import BUSY, FOREVER, Batch, Mode, family_of
-from tests.kernel.waiting import wait_until
+from tests.kernel.waiting import patient, wait_until
 from tests.kernel.worker import Worker
 
 _LISTENERS: dict[int, socket.socket] = {}
@@ -108,7 +108,7 @@ class Running:
 
     def report(self) -> Report:
         """Wait for all connections' ends."""
-        limit = self.batch.deadline + 20
+        limit = patient(self.batch.deadline + 20)
         clients, servers = self._client.result(limit), self._server.result(limit)
         return Report(self.batch, tuple(clients), tuple(servers))
 
@@ -229,7 +229,7 @@ class _Side:
     def __init__(self, batch: Batch, side: str) -> None:
         self.batch = batch
         self.side = side
-        self.end = time.monotonic() + batch.deadline
+        self.end = time.monotonic() + patient(batch.deadline)
         self.outcomes: dict[int, Outcome] = {}
         self.threads: list[threading.Thread] = []
         polled = sum(plan.mode is not Mode.BLOCKING for plan in batch.plans)

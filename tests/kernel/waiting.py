@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -9,11 +10,23 @@ from typing import TypeVar
 
 T = TypeVar("T")
 _TICK = threading.Event()
+SLOW = float(os.environ.get("UNDERPASS_SLOW", "1"))
+"""How many times slower than a real one this machine is: 1, or more under emulation."""
+
+
+def patient(seconds: float) -> float:
+    """A deadline that a real machine keeps in `seconds`, for this machine."""
+    return seconds * SLOW
+
+
+def fewer(count: int) -> int:
+    """How many repetitions this machine gets through where a real one gets through `count`."""
+    return max(1, round(count / SLOW))
 
 
 def wait_until(condition: Callable[[], T], what: str, deadline: float = 20.0) -> T:
-    """Wait until `condition()` is true and return it; AssertionError after `deadline` seconds."""
-    end = time.monotonic() + deadline
+    """Wait until `condition()` is true and return it; AssertionError after `deadline`."""
+    end = time.monotonic() + patient(deadline)
     while not (result := condition()):
         assert time.monotonic() < end, f"not within {deadline:g} s: {what}"
         _TICK.wait(0.01)

@@ -20,11 +20,13 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+from tests.kernel.waiting import patient
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
 REPOSITORY = Path(__file__).parents[2]
-CALL_DEADLINE = 60.0
+CALL_DEADLINE = patient(60.0)
 """Seconds a call may take before it counts as hung."""
 _CLONE_NEWNET = 0x40000000
 _PR_SET_PDEATHSIG = 1

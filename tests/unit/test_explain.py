@@ -79,7 +79,7 @@ def test_wrong_targets_are_refused(text: str) -> None:
         ("active", [], "none", "not-local"),
         ("active", [LISTENER], "none", "ready"),
         ("paused", [LISTENER], "none", "paused"),
-        ("active", [replace(LISTENER, armed=False)], "none", "not-armed"),
+        ("active", [replace(LISTENER, armed=False)], "none", "ready"),
         ("active", [replace(LISTENER, covered=False)], "none", "outside-cgroup"),
         ("active", [replace(SOCKET, covered=False)], "tcp", "outside-cgroup"),
         ("active", [replace(SOCKET, reason=Reason.MAP_FULL)], "tcp", "map-full"),
@@ -92,6 +92,12 @@ def test_causes_are_found(state: str, sockets: list[Socket], path: str, reason: 
     """Claim: without a pair, the cause is named."""
     finding = _one(state, *sockets)
     assert (finding.path, finding.reason) == (path, reason)
+
+
+def test_an_unarmed_listener_is_ready_but_for_cookies() -> None:
+    """Claim: what an unarmed listener cannot do is said of it, and of no other."""
+    assert "cookie" in _one("active", replace(LISTENER, armed=False)).sentence
+    assert "cookie" not in _one("active", LISTENER).sentence
 
 
 def test_a_pair_is_explained_each_way() -> None:

@@ -1,0 +1,83 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* Rule 1, first half: who connects, who listens, and which SYNs a listener of this node answers. */
+#ifndef UNDERPASS_LISTEN_H
+#define UNDERPASS_LISTEN_H
+
+#include "enter.h"
+
+/* A program begins to connect: the one moment at which a client's program is known for sure. */
+static __always_inline void on_connect(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+
+	if (sk && !draining() && !closed())
+		fresh_endpoint(sk, current_program());
+}
+
+/* A socket begins to listen: let it tell us of each SYN that it answers. */
+static __always_inline void on_listen(struct bpf_sock_ops *ctx)
+{
+	struct up_place place = {.netns = bpf_get_netns_cookie(ctx)};
+	__u32 flags = CTX(bpf_sock_ops_cb_flags);
+	struct bpf_sock *sk = ctx->sk;
+	struct up_address nobody;
+	struct endpoint *ep;
+	__u64 program;
+
+	if (closed())
+		return;
+	program = current_program();
+	read_ends(ctx, &place.at, &nobody);
+	bpf_map_update_elem(&owners, &place, &program, BPF_ANY);
+
+	ep = sk ? bpf_sk_storage_get(&endpoints, sk, 0, BPF_SK_STORAGE_GET_F_CREATE) : 0;
+	if (!ep || ep->watched)
+		return;
+	ep->watched = 1;
+	if (flags & BUILD_FLAG)
+		bpf_sk_storage_get(&shared_listeners, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	else
+		bpf_sock_ops_cb_flags_set(ctx, flags | BUILD_FLAG);
+}
+
+/* A listener answers a SYN of this number: remember it for the client's own callback. */
+static __always_inline void note_syn(struct bpf_sock_ops *ctx, __u32 number)
+{
+	struct syn syn = {}, *known;
+
+	if (closed())
+		return;
+	read_view(ctx, &syn.view);
+	known = bpf_map_lookup_elem(&syns, &number);
+	if (known && !same_view(&known->view, &syn.view))
+		known->ambiguous = 1;
+	if (!known && bpf_map_update_elem(&syns, &number, &syn, BPF_ANY))
+		count_socket(UP_NO_MEMORY);
+}
+
+/* An armed listener builds its SYN-ACK. */
+static __always_inline void on_syn_ack(struct bpf_sock_ops *ctx)
+{
+	struct { __u32 ports, number; } head = {};
+	long got;
+
+	got = bpf_getsockopt(ctx, SOL_TCP, TCP_BPF_SYN, &head, sizeof(head));
+	if (got < 0 && got != -ENOSPC) /* ENOSPC: the buffer is filled, the header is longer */
+		return;
+	note_syn(ctx, bpf_ntohl(head.number));
+}
+
+/* Any listener is about to answer a SYN (not with a cookie). For those that stood before us and that
+ * an iterator could not arm (kernels before 6.12); the others call on_syn_ack a moment later. */
+static __always_inline void on_request(struct bpf_sock_ops *ctx)
+{
+	const struct bpf_sock_ops_kern *kern = (const void *)ctx;
+	const struct tcp_request_sock *req = (const void *)BPF_CORE_READ(kern, sk);
+	const struct tcp_sock *listener;
+
+	listener = (const void *)BPF_CORE_READ(req, req.req.__req_common.skc_listener);
+	if (!(BPF_CORE_READ(listener, bpf_sock_ops_cb_flags) & BUILD_FLAG))
+		note_syn(ctx, BPF_CORE_READ(req, rcv_isn));
+}
+
+#endif
