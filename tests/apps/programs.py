@@ -11,7 +11,7 @@ import pytest
 
 from tests.kernel.bed import Bed
 from tests.kernel.waiting import wait_until
-from tests.kernel.worker import Worker
+from underpass.torture.worker import Worker
 
 
 def find(program: str, package: str) -> str:

@@ -10,8 +10,8 @@ import pytest
 
 from tests.apps.nginx import start
 from tests.kernel.bed import CLIENT4, SERVER4, Bed
-from tests.kernel.content import content
 from tests.kernel.fixtures import MakePlane
+from underpass.torture.content import content
 
 PORT, PROXY_PORT = 8080, 8081
 SIZES = (10, 3000, 64 * 1024, 1_500_000)

@@ -12,10 +12,10 @@ import pytest
 
 from tests.apps.nginx import start
 from tests.kernel.bed import CLIENT4, SERVER4, Bed
-from tests.kernel.content import content
 from tests.kernel.fixtures import MakePlane
-from tests.kernel.plans import MIB
 from underpass.model import Settings
+from underpass.torture.content import content
+from underpass.torture.plans import MIB
 
 NEAR_PORT, FAR_PORT, HASHER_PORT = 8080, 8081, 8082
 SIZE = 100 * MIB

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tests.apps.programs import find, serve
 from tests.kernel.bed import SERVER4, Bed
-from tests.kernel.content import content
 from tests.kernel.fixtures import MakePlane
+from underpass.torture.content import content
 
 PORT = 6379
 _SIZES = (1, 100, 5000, 70_000, 1_000_000)

@@ -10,12 +10,13 @@ import pytest
 
 from tests.kernel.bed import BPFFS, SERVER4, Bed
 from tests.kernel.commands import command, start, underpass
-from tests.kernel.kernel_objects import pinned, sock_ops_on, wait_gone
-from tests.kernel.plans import MIB
+from tests.kernel.kernel_objects import sock_ops_on, wait_gone
 from tests.kernel.remote import couple, exchange
 from tests.kernel.traffic import Load
 from tests.kernel.waiting import wait_until
 from underpass.dataplane import Dataplane
+from underpass.torture.kernel_objects import pinned
+from underpass.torture.plans import MIB
 
 ROUNDS = 25
 

@@ -24,6 +24,7 @@ _COMMANDS = {
     "resume": "pause",
     "doctor": "doctor",
     "bench": "bench",
+    "torture": "torture",
 }
 
 
