@@ -82,6 +82,8 @@ class Batch:
     """Clients set TCP_DEFER_ACCEPT: their handshake ACK waits for their first bytes."""
     writer_waits: bool = False
     """Blocking clients begin to write before the connection stands: this defers the ACK too."""
+    pace: float = 0
+    """Seconds between one connect and the next."""
     deadline: float = 30.0
     """Seconds after which a connection that is not done counts as hung."""
 

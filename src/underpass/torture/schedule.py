@@ -21,7 +21,7 @@ PODS = ("a", "b", "c")
 ADDRESS4 = {pod: f"10.78.0.{number}" for number, pod in enumerate(PODS, 1)}
 ADDRESS6 = {pod: f"fd78::{number}" for number, pod in enumerate(PODS, 1)}
 LOOPBACK4, LOOPBACK6 = "127.0.0.1", "::1"
-TCP_BUFFER = 6 * MIB
+TCP_BUFFER = 2 * MIB
 """Most that TCP itself takes from a sender and keeps for a reader in the pods, in bytes each."""
 _BATCHES = 1 << 20
 """Numbers that a lane has for its batches before they begin anew."""
@@ -78,9 +78,10 @@ LANES = (
     Lane(4, Kind.BULK, "c", "a", 7002, _routes("a")),
     Lane(5, Kind.BULK, "b", "b", 7003, _INSIDE),
     Lane(6, Kind.STALL, "b", "c", 7004, _routes("c")),
-    Lane(7, Kind.STALE, "a", "c", 7005, _routes("c")),
-    Lane(8, Kind.CHURN, "a", "b", 7006, _routes("b")),
-    Lane(9, Kind.CHURN, "c", "c", 7007, _INSIDE),
+    Lane(7, Kind.STALL, "a", "a", 7005, _INSIDE),
+    Lane(8, Kind.STALE, "a", "c", 7006, _routes("c")),
+    Lane(9, Kind.CHURN, "a", "b", 7007, _routes("b")),
+    Lane(10, Kind.CHURN, "c", "c", 7008, _INSIDE),
 )
 
 # -- batches ------------------------------------------------------------------------------------
@@ -105,6 +106,7 @@ def batch(seed: int, lane: Lane, number: int) -> Batch:
         first_port=_FIRST_PORT + number % _PORT_TURNS * _PORTS_OF_A_BATCH,
         deferred=rng.random() < 0.4,
         writer_waits=rng.random() < 0.2,
+        pace=0.003 if lane.kind is Kind.STALE else 0,
         deadline=_DEADLINE,
     )
 
@@ -206,9 +208,11 @@ def _bulk(rng: random.Random) -> Plan:
 
 def _stall(rng: random.Random) -> Plan:
     """A sender that takes what it can get, a reader that comes late."""
-    late = rng.uniform(1.5, 3.0)
+    late = rng.uniform(2.0, 5.0)
     most = TORTURED[-1].budget_bytes * 3 // 2 + 2 * TCP_BUFFER
-    fill = Step(fill=most, within=late / 2, write=rng.choice((16 * KIB, 64 * KIB, MIB)), shut=True)
+    fill = Step(
+        fill=most, within=late / 2, write=rng.choice((4 * KIB, 16 * KIB, 64 * KIB)), shut=True
+    )
     return Plan(f"stalled for {late:.1f} s", (fill,), (Step(receive=FOREVER, wait=late),))
 
 
@@ -221,11 +225,23 @@ def _stale(rng: random.Random) -> Plan:
     return Plan("sends to a peer that is gone", client, (Step(receive=first), Step(send=1)), mode)
 
 
+def _stale_or_lasting(rng: random.Random) -> Plan:
+    return (_stale if rng.random() < 0.5 else _lasting)(rng)
+
+
+def _lasting(rng: random.Random) -> Plan:
+    """A connection that stays: its sockets may take the memory of those that have gone."""
+    first, last, wait = rng.randint(1, 2000), rng.randint(1, 2000), rng.uniform(0.4, 0.8)
+    client = (Step(send=first), Step(receive=1), Step(send=last, wait=wait))
+    server = (Step(receive=first), Step(send=1), Step(receive=last))
+    return _closing(client, server, "stays for a while", rng.choice((Mode.EDGE, Mode.SHORT)))
+
+
 _DRAWN: dict[Kind, tuple[Callable[[random.Random], Plan], int, int]] = {
     Kind.SHAPES: (_any_shape, 40, 100),
     Kind.BULK: (_bulk, 1, 4),
     Kind.STALL: (_stall, 2, 5),
-    Kind.STALE: (_stale, _PORTS_OF_A_BATCH, _PORTS_OF_A_BATCH),
+    Kind.STALE: (_stale_or_lasting, _PORTS_OF_A_BATCH, _PORTS_OF_A_BATCH),
 }
 """What a batch is made of: who draws its plans, and how many they are."""
 
@@ -241,8 +257,8 @@ TORTURED = (
     tortured(budget_bytes=256 * KIB),
     tortured(budget_bytes=MIB, budget_messages=64),
     tortured(capacity=16, budget_bytes=4 * MIB),
-    tortured(node_budget_bytes=32 * MIB),
-    tortured(),
+    tortured(budget_bytes=4 * MIB, node_budget_bytes=16 * MIB),
+    tortured(budget_bytes=4 * MIB),
 )
 """What generations are loaded with in turn: budgets small and large, a map that is soon full."""
 
@@ -279,13 +295,14 @@ class Disturbance:
 
 
 _FIRST = (
-    Disturbance(0.0, Act.FORCE, share=0.3),
-    Disturbance(1.5, Act.CYCLE, settings=0),
+    Disturbance(2.5, Act.CYCLE, settings=0),
+    Disturbance(0.5, Act.FORCE, share=0.3),
     Disturbance(0.5, Act.KILL, lane=0, side=1),
     Disturbance(0.5, Act.PAUSE, seconds=0.2),
+    Disturbance(0.5, Act.FORCE, share=0.0),
 )
 """What also the shortest run shall see."""
-_WEIGHTS = {Act.FORCE: 4, Act.PAUSE: 3, Act.CYCLE: 2, Act.KILL: 2}
+_WEIGHTS = {Act.FORCE: 4, Act.PAUSE: 3, Act.CYCLE: 1, Act.KILL: 2}
 
 
 def disturbances(seed: int) -> Iterator[Disturbance]:
@@ -298,7 +315,7 @@ def disturbances(seed: int) -> Iterator[Disturbance]:
         yield Disturbance(
             after=round(rng.uniform(0.1, 2.0), 2),
             act=act,
-            share=rng.choice((0.0, 0.0, 0.02, 0.3, 0.9)) if act is Act.FORCE else 0,
+            share=rng.choice((0.0, 0.0, 0.0, 0.02, 0.3, 0.9)) if act is Act.FORCE else 0,
             seconds=round(rng.uniform(0.01, 0.5), 2) if act is Act.PAUSE else 0,
             settings=rng.randrange(len(TORTURED)) if act is Act.CYCLE else 0,
             lane=rng.randrange(len(LANES)) if act is Act.KILL else 0,

@@ -194,6 +194,8 @@ def connect(batch: Batch) -> list[Outcome]:
     side = _Side(batch, "client")
     for index in range(len(batch.plans)):
         side.start(_client_socket(batch, index), index)
+        if batch.pace:
+            time.sleep(batch.pace)
     return side.finish()
 
 
