@@ -37,6 +37,8 @@ _SURVIVES = (
     "its connection never came",
 )
 """What the end of a connection may meet whose other end's process was killed."""
+_BEGIN = 20.0
+"""Seconds that a lane's processes may take to start."""
 _GRACE = 5.0
 """Seconds that lanes have to end by themselves after an error."""
 
@@ -105,6 +107,8 @@ class LaneThread(threading.Thread):
         self._stopping = stop
         self._workers: list[Worker] = []
         self._killed = threading.Event()
+        self.begun = threading.Event()
+        """Set: its workers are at work."""
 
     def kill(self, side: int) -> bool:
         """Kill -9 the client's (0) or the server's (1) process; whether there was one."""
@@ -169,6 +173,7 @@ class LaneThread(threading.Thread):
         self._tally.opened(len(batch.plans))
         try:
             running = Running(client, server, batch)
+            self.begun.set()
             ends = running.ends()
         finally:
             self._tally.opened(-len(batch.plans))
@@ -188,6 +193,7 @@ class LaneThread(threading.Thread):
         self._tally.opened(1)
         try:
             futures = server.submit(churn_serve, churn), client.submit(churn_connect, churn)
+            self.begun.set()
             complaints: list[str] = []
             for future in futures[::-1]:
                 try:
@@ -234,13 +240,15 @@ class Torture:
     def start(self) -> None:
         """Bring the generation up and let all go."""
         self.generation.up(TORTURED[-1])
-        self.disturber.start()
         for lane in self.lanes:
             lane.start()
+        for lane in self.lanes:
+            lane.begun.wait(_BEGIN)
+        self.disturber.start()
 
     def join(self, seconds: float) -> bool:
         """Wait for all threads; whether they ended in time."""
-        threads = (*self.lanes, self.disturber)
+        threads = [thread for thread in (*self.lanes, self.disturber) if thread.ident]
         return wait_for(lambda: not any(thread.is_alive() for thread in threads), seconds)
 
     def end(self) -> None:
@@ -275,8 +283,8 @@ def torture(
         run = Torture(bed, seed, fault)
         undo.callback(_remove, run)
         undo.callback(run.end)
-        began = time.monotonic()
         run.start()
+        began = time.monotonic()
         while not run.stop.wait(0.5):
             gone = time.monotonic() - began
             watch(gone, run)

@@ -295,14 +295,14 @@ class Disturbance:
 
 
 _FIRST = (
-    Disturbance(2.5, Act.CYCLE, settings=0),
+    Disturbance(2.0, Act.CYCLE, settings=4),
     Disturbance(0.5, Act.FORCE, share=0.3),
     Disturbance(0.5, Act.KILL, lane=0, side=1),
     Disturbance(0.5, Act.PAUSE, seconds=0.2),
     Disturbance(0.5, Act.FORCE, share=0.0),
 )
 """What also the shortest run shall see."""
-_WEIGHTS = {Act.FORCE: 4, Act.PAUSE: 3, Act.CYCLE: 1, Act.KILL: 2}
+_WEIGHTS = {Act.FORCE: 4, Act.PAUSE: 3, Act.CYCLE: 2, Act.KILL: 2}
 
 
 def disturbances(seed: int) -> Iterator[Disturbance]:
