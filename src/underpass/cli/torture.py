@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import sys
-from types import TracebackType
 
 import click
 from rich.live import Live
@@ -39,12 +38,7 @@ class _Watcher:
             self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live:
             self._live.stop()
 

@@ -12,6 +12,7 @@ import signal
 import socket
 import struct
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -126,12 +127,18 @@ def _accept_forked(listener: socket.socket, parts: list[int], churn: Churn) -> l
 
 def churn_connect(churn: Churn) -> list[str]:
     """In a worker: make the connections; what was wrong, at most some lines."""
+    numbers = range(churn.first, churn.first + churn.count)
+    return _each("client", numbers, lambda number: _connect_once(churn, number))
+
+
+def _each(side: str, numbers: range, act: Callable[[int], None]) -> list[str]:
+    """What was wrong with the connections of an end, at most some lines."""
     complaints: list[str] = []
-    for number in range(churn.first, churn.first + churn.count):
+    for number in numbers:
         try:
-            _connect_once(churn, number)
+            act(number)
         except (OSError, EOFError, WrongBytesError) as error:
-            complaints.append(f"client of {number}: {type(error).__name__}: {error}")
+            complaints.append(f"{side}, connection {number}: {type(error).__name__}: {error}")
             if len(complaints) >= _ENOUGH:
                 break
     return complaints
@@ -160,15 +167,7 @@ def _connected(sock: socket.socket, address: tuple[str, int]) -> bool:
 
 
 def _accept_all(listener: socket.socket, count: int, churn: Churn) -> list[str]:
-    complaints: list[str] = []
-    for _ in range(count):
-        try:
-            _answer(listener, churn)
-        except (OSError, EOFError, WrongBytesError) as error:
-            complaints.append(f"server: {type(error).__name__}: {error}")
-            if len(complaints) >= _ENOUGH:
-                break
-    return complaints
+    return _each("server", range(count), lambda _: _answer(listener, churn))
 
 
 def _answer(listener: socket.socket, churn: Churn) -> None:
