@@ -11,6 +11,7 @@ import select
 import signal
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,8 @@ _LINGER_NONE = struct.pack("ii", 1, 0)
 _ENOUGH = 20
 _PR_SET_PDEATHSIG = 1
 _READ = 64 << 10
+_ABANDONED = threading.Event()
+"""Set: the server's process is dead."""
 
 
 @dataclass(frozen=True)
@@ -131,10 +134,17 @@ def churn_connect(churn: Churn) -> list[str]:
     return _each("client", numbers, lambda number: _connect_once(churn, number))
 
 
+def churn_abandon() -> None:
+    """In the client's worker, for good: the server is dead, make no more connections."""
+    _ABANDONED.set()
+
+
 def _each(side: str, numbers: range, act: Callable[[int], None]) -> list[str]:
     """What was wrong with the connections of an end, at most some lines."""
     complaints: list[str] = []
     for number in numbers:
+        if _ABANDONED.is_set():
+            break
         try:
             act(number)
         except (OSError, EOFError, WrongBytesError) as error:
@@ -154,7 +164,7 @@ def _connect_once(churn: Churn, number: int) -> None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
             sock.bind(("", churn.source_port))
         # refused as long as the other worker does not listen yet
-        wait_for(lambda: _connected(sock, churn.address), _LIMIT)
+        wait_for(lambda: _ABANDONED.is_set() or _connected(sock, churn.address), _LIMIT)
         sock.sendall(_NUMBER.pack(number) + bytes(content(2 * number, 0, _request(number))))
         _take(sock, 2 * number + 1, _response(number))
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import dataclass, field
 from os import kill
 
@@ -16,7 +17,7 @@ from underpass.errors import UnderpassError
 from underpass.model import Fault
 from underpass.torture import schedule
 from underpass.torture.bed import Bed, remove_pins
-from underpass.torture.churn import Churn, churn_connect, churn_serve
+from underpass.torture.churn import Churn, churn_abandon, churn_connect, churn_serve
 from underpass.torture.disturber import Disturber
 from underpass.torture.endpoints import Outcome
 from underpass.torture.generation import Generation, path_switches
@@ -133,7 +134,8 @@ class LaneThread(threading.Thread):
                 number += 1
         except Exception as error:  # noqa: BLE001 - whatever it is, the run must say it
             if not self._stopping.is_set():
-                self._tally.fail([f"lane {self.lane}: {type(error).__name__}: {error}"])
+                where = f"seed {self._seed}, lane {self.lane.number} ({self.lane}), batch {number}"
+                self._tally.fail([f"{where}: no end: {type(error).__name__}: {error}"])
                 self._stopping.set()
         finally:
             self._end_workers()
@@ -194,12 +196,15 @@ class LaneThread(threading.Thread):
         try:
             futures = server.submit(churn_serve, churn), client.submit(churn_connect, churn)
             self.begun.set()
+            wait(futures, _CHURN_LIMIT, FIRST_EXCEPTION)
+            if not server.alive:
+                client.submit(churn_abandon)
+            elif not client.alive:
+                server.kill()  # it would wait for connections that do not come
             complaints: list[str] = []
-            for future in futures[::-1]:
-                try:
+            for future in futures:
+                with contextlib.suppress(WorkerGoneError):
                     complaints += future.result(_CHURN_LIMIT)
-                except WorkerGoneError:
-                    server.kill()  # it would wait for connections that do not come
         finally:
             self._tally.opened(-1)
         if self._killed.is_set():
