@@ -59,6 +59,7 @@ class Worker:
         self._pending: dict[int, Future[Any]] = {}
         self._lock = threading.Lock()
         self._calls = 0
+        self._gone = threading.Event()
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "underpass.torture.worker", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
@@ -75,8 +76,8 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether the process has not ended."""
-        return self._process.poll() is None
+        """Whether the process answers; it stops to a moment before it can be waited for."""
+        return not self._gone.is_set()
 
     def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Start `function` in a thread of the worker; the future gets its result."""
@@ -87,6 +88,7 @@ class Worker:
             try:
                 self._connection.send((self._calls, function, args, kwargs))
             except OSError as error:
+                self._gone.set()
                 future.set_exception(WorkerGoneError(str(error)))
         return future
 
@@ -110,6 +112,7 @@ class Worker:
                 else:
                     future.set_exception(error)
         except (EOFError, OSError):
+            self._gone.set()
             with self._lock:
                 for future in self._pending.values():
                     if not future.done():
