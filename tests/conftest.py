@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.kernel.waiting import patient
+from underpass.torture.patience import patient
 
 pytest_plugins = ["tests.kernel.fixtures"]
 

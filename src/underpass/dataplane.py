@@ -274,6 +274,12 @@ def counters(planes: list[Dataplane]) -> Counters:
     return records.counters(abi.add_up(plane.totals() for plane in planes))
 
 
+def places(pins: Path) -> list[Path]:
+    """Every directory of ours that is there for ``pins``."""
+    every = [*generations(pins), pinning.scratch(pins), pinning.lock(pins)]
+    return [path for path in every if path.exists()]
+
+
 def try_load(program: str) -> None:
     """Load one program by itself, and let it go again: what `doctor` probes with.
 

@@ -196,10 +196,14 @@ class Dataplane:
         return records.counters(self.totals())
 
     def totals(self) -> abi.Counters:
-        """The counters of all CPUs, and of the generations that it inherited from, added up."""
+        """What it and the generations that it inherited from have counted."""
+        return abi.add_up([self.own(), self._inherited()])
+
+    def own(self) -> abi.Counters:
+        """What it has counted itself, on all CPUs."""
         cpus = (abi.Counters * libbpf.possible_cpus())()
         libbpf.lookup(self.fd("counters"), _ZERO, cpus)
-        return abi.add_up([*cpus, self._inherited()])
+        return abi.add_up(cpus)
 
     def _inherited(self) -> abi.Counters:
         past = abi.Counters()

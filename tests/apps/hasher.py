@@ -9,8 +9,8 @@ import http.server
 import threading
 from collections.abc import Iterator
 
-from tests.kernel.content import content
-from tests.kernel.plans import MIB
+from underpass.torture.content import content
+from underpass.torture.plans import MIB
 
 SIZES = (0, 1, 700, 20_000, 300_000, 10_000_000)
 """Bodies that `exchange` sends and gets, in bytes."""

@@ -16,8 +16,8 @@ import pytest
 
 from tests.kernel.bed import Bed
 from tests.kernel.waiting import wait_until
-from tests.kernel.worker import Worker
 from underpass.dataplane import Dataplane
+from underpass.torture.worker import Worker
 
 STREAMS = 0.1
 """Share of the bytes that the shortcut must carry where a stream can outrun its reader: while it

@@ -11,7 +11,7 @@ from tests.apps import nginx
 from tests.apps.hasher import parts
 from tests.apps.programs import STREAMS, Checked, Compare, ask, find
 from tests.kernel.bed import SERVER4, Bed
-from tests.kernel.plans import MIB
+from underpass.torture.plans import MIB
 
 PORT = 8080
 SIZE = 100 * MIB

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tests.apps.programs import Checked, Compare, find, serve
 from tests.kernel.bed import SERVER4, Bed
-from tests.kernel.content import content
-from tests.kernel.plans import MIB
+from underpass.torture.content import content
+from underpass.torture.plans import MIB
 
 PORT = 11211
 _SIZES = (1, 10, 100, 1000, 4096, 16_000, 100_000, MIB)

@@ -11,7 +11,7 @@ import pytest
 from tests.apps.nginx import start
 from tests.apps.programs import Checked, Compare
 from tests.kernel.bed import CLIENT4, SERVER4, Bed
-from tests.kernel.content import content
+from underpass.torture.content import content
 
 PORT, PROXY_PORT, TCP_PROXY = 8080, 8081, 8082
 SIZES = (10, 3000, 64 * 1024, 1_500_000)

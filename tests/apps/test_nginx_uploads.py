@@ -10,8 +10,8 @@ from tests.apps.hasher import Client, serve_hashes, sha256
 from tests.apps.nginx import start
 from tests.kernel.bed import CLIENT4, SERVER4, Bed
 from tests.kernel.fixtures import MakePlane
-from tests.kernel.plans import MIB
 from underpass.model import Settings
+from underpass.torture.plans import MIB
 
 NEAR_PORT, FAR_PORT, HASHER_PORT = 8080, 8081, 8082
 SIZE = 100 * MIB

@@ -13,7 +13,7 @@ import pytest
 from tests.apps.hasher import parts, sha256
 from tests.apps.programs import STREAMS, Checked, Compare
 from tests.kernel.bed import SERVER4, Bed
-from tests.kernel.plans import KIB, MIB
+from underpass.torture.plans import KIB, MIB
 
 PORT = 9000
 _READ = 64 * KIB

@@ -15,8 +15,8 @@ import pytest
 from tests.apps.hasher import parts
 from tests.apps.programs import STREAMS, Checked, Compare, find, serve
 from tests.kernel.bed import SERVER4, Bed
-from tests.kernel.content import content
-from tests.kernel.plans import MIB
+from underpass.torture.content import content
+from underpass.torture.plans import MIB
 
 PORT = 6379
 _SIZES = (1, 100, 5000, 70_000, 1_000_000)

@@ -10,7 +10,7 @@ import pytest
 from tests.apps.hasher import parts
 from tests.apps.programs import STREAMS, Checked, Compare, ask, find, serve
 from tests.kernel.bed import SERVER4, Bed, run
-from tests.kernel.plans import MIB
+from underpass.torture.plans import MIB
 
 PORT = 2222
 SIZE = 50 * MIB

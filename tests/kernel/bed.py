@@ -16,11 +16,13 @@ import subprocess
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tests.kernel.kernel_objects import pinned, wait_gone
+from tests.kernel.kernel_objects import wait_gone
 from tests.kernel.waiting import wait_until
-from tests.kernel.worker import Place, Worker
 from underpass.model import Settings
+from underpass.torture.kernel_objects import pinned
+from underpass.torture.worker import Place, Worker
 
+REPOSITORY = Path(__file__).parents[2]
 BPFFS = Path("/sys/fs/bpf")
 NETNS = Path("/run/netns")
 _NAME = re.compile(r"^(?:up-test|underpass-test)-(\d+)(?:-|$)")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.kernel.waiting import patient
+from underpass.torture.patience import patient
 
 DEADLINE = patient(60.0)
 """Seconds after which a command counts as hung."""

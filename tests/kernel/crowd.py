@@ -8,8 +8,8 @@ import socket
 import struct
 import time
 
-from tests.kernel.content import content
 from tests.kernel.waiting import wait_until
+from underpass.torture.content import content
 
 SAID = 64
 """Bytes that every end says in a round, behind the number of its connection."""

@@ -12,10 +12,11 @@ import pytest
 
 from tests.kernel import bed as beds
 from tests.kernel.bed import Bed
-from tests.kernel.kernel_objects import pinned, sock_ops_on, wait_gone
+from tests.kernel.kernel_objects import sock_ops_on, wait_gone
 from underpass import dataplane
 from underpass.dataplane import Dataplane
 from underpass.model import Fault, Settings
+from underpass.torture.kernel_objects import pinned
 
 
 class MakePlane(Protocol):

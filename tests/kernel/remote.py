@@ -14,10 +14,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.kernel.content import Sink, content
-from tests.kernel.plans import family_of
-from tests.kernel.waiting import patient, wait_until
-from tests.kernel.worker import CALL_DEADLINE, Worker
+from tests.kernel.waiting import wait_until
+from underpass.torture.content import Sink, content
+from underpass.torture.patience import patient
+from underpass.torture.plans import family_of
+from underpass.torture.worker import CALL_DEADLINE, Worker
 
 _SOCKETS: dict[int, socket.socket] = {}
 _SENT: dict[int, int] = {}

@@ -10,10 +10,10 @@ import pytest
 from tests.kernel.bed import SERVER4, Bed
 from tests.kernel.fixtures import MakePlane
 from tests.kernel.memory import held_bytes
-from tests.kernel.plans import KIB, MIB
 from tests.kernel.remote import Remote, couple, exchange
-from tests.kernel.waiting import patient
 from underpass.model import Fault, Settings
+from underpass.torture.patience import patient
+from underpass.torture.plans import KIB, MIB
 
 MOST = 128 * MIB
 """The tests' own cap on what they put into kernel memory."""

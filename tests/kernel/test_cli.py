@@ -6,9 +6,10 @@ import re
 
 from tests.kernel.bed import CLIENT4, SERVER4, Bed
 from tests.kernel.commands import command, finish, start, underpass
-from tests.kernel.kernel_objects import pinned, sock_ops_on
-from tests.kernel.plans import KIB
+from tests.kernel.kernel_objects import sock_ops_on
 from tests.kernel.remote import ROUND, couple, exchange
+from underpass.torture.kernel_objects import pinned
+from underpass.torture.plans import KIB
 
 PORT = 8080
 DIRECTION_KEYS = {"path", "reason", "shortcut_bytes", "shortcut_messages", "tcp_messages"}

@@ -9,13 +9,14 @@ import pytest
 
 from tests.kernel.bed import BPFFS, SERVER4, Bed
 from tests.kernel.commands import command, kill_during, underpass
-from tests.kernel.kernel_objects import pinned, sock_ops_on, wait_gone
-from tests.kernel.plans import MIB
+from tests.kernel.kernel_objects import sock_ops_on, wait_gone
 from tests.kernel.remote import couple, exchange
 from tests.kernel.traffic import Load
-from tests.kernel.waiting import fewer
-from tests.kernel.worker import Worker
 from underpass.dataplane import Dataplane
+from underpass.torture.kernel_objects import pinned
+from underpass.torture.patience import fewer
+from underpass.torture.plans import MIB
+from underpass.torture.worker import Worker
 
 ROUNDS = fewer(25)
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import pytest
 
 from tests.kernel.bed import ADMITTING, SERVER4, Bed
-from tests.kernel.content import WrongBytesError
 from tests.kernel.fixtures import MakePlane
-from tests.kernel.kernel_objects import pinned, sock_ops_on, wait_gone
-from tests.kernel.plans import KIB, MIB
+from tests.kernel.kernel_objects import sock_ops_on, wait_gone
 from tests.kernel.remote import couple, exchange
 from tests.kernel.traffic import Load
-from tests.kernel.waiting import fewer, wait_until
+from tests.kernel.waiting import wait_until
 from underpass import dataplane
 from underpass.dataplane import Dataplane
 from underpass.model import Fault
+from underpass.torture.content import WrongBytesError
+from underpass.torture.kernel_objects import pinned
+from underpass.torture.patience import fewer
+from underpass.torture.plans import KIB, MIB
 
 ROUNDS = fewer(20)
 

@@ -7,8 +7,9 @@ import pytest
 from tests.kernel.bed import SERVER4, Bed
 from tests.kernel.fixtures import MakePlane
 from tests.kernel.remote import ROUND, begin_connect, connect, exchange, listen
-from tests.kernel.waiting import patient, wait_until
+from tests.kernel.waiting import wait_until
 from underpass.model import Fault
+from underpass.torture.patience import patient
 
 ADDRESS = (SERVER4, 8080)
 

@@ -15,10 +15,10 @@ from tests.kernel.commands import underpass
 from tests.kernel.fixtures import MakePlane
 from tests.kernel.remote import Remote, connect, couple, exchange, listen
 from tests.kernel.waiting import wait_until
-from tests.kernel.worker import Worker
 from underpass import programs
 from underpass.generation import Dataplane
 from underpass.model import Program, Settings, Sign
+from underpass.torture.worker import Worker
 
 TO = (SERVER4, 8080)
 SOON = Settings(observe_seconds=0.3)

@@ -9,9 +9,9 @@ import pytest
 
 from tests.kernel.bed import SERVER4, Bed
 from tests.kernel.fixtures import MakePlane
-from tests.kernel.plans import Batch, mixed
 from tests.kernel.remote import IN_SYN, connect, couple, exchange, listen
-from tests.kernel.traffic import run_batch
+from underpass.torture.plans import Batch, mixed
+from underpass.torture.traffic import run_batch
 
 PORT = 8080
 _ULP = 31

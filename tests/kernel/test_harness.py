@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.bed import CLIENT4, SERVER4, SERVER6, Bed, leftovers, sweep
-from tests.kernel.churn import churn_connect, churn_serve
-from tests.kernel.plans import BUSY, MIB, SMALL_MESSAGES, Batch, Mode, Plan, Step, mixed
+from tests.kernel.bed import CLIENT4, REPOSITORY, SERVER4, SERVER6, Bed, leftovers, sweep
 from tests.kernel.remote import couple, exchange
-from tests.kernel.traffic import Running, run_batch
-from tests.kernel.waiting import patient, wait_until
-from tests.kernel.worker import REPOSITORY
+from tests.kernel.waiting import wait_until
+from underpass.torture.churn import Churn, churn_connect, churn_serve
+from underpass.torture.patience import patient
+from underpass.torture.plans import BUSY, MIB, SMALL_MESSAGES, Batch, Mode, Plan, Step, mixed
+from underpass.torture.traffic import Running, run_batch
 
 
 @pytest.mark.parametrize(
@@ -112,9 +112,9 @@ def test_what_a_dead_run_left_is_swept() -> None:
 @pytest.mark.parametrize("processes", [0, 2])
 def test_plain_tcp_passes_short_connections(bed: Bed, processes: int) -> None:
     """Claim: short connections are right over plain TCP, with threads or forked acceptors."""
-    address = (SERVER4, 8080)
-    serving = bed.worker("server").submit(churn_serve, address, 4000, processes)
-    assert bed.worker("client").call(churn_connect, address, 4000, 0) == []
+    churn = Churn((SERVER4, 8080), 4000, processes=processes)
+    serving = bed.worker("server").submit(churn_serve, churn)
+    assert bed.worker("client").call(churn_connect, churn) == []
     assert serving.result(patient(20)) == []
 
 

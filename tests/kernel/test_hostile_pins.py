@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.bed import SERVER4, Bed
+from tests.kernel.bed import REPOSITORY, SERVER4, Bed
 from tests.kernel.commands import Done, command, finish, start, underpass
 from tests.kernel.fixtures import MakePlane
-from tests.kernel.kernel_objects import pin_foreign_map, pinned, pinned_at, sock_ops_on
+from tests.kernel.kernel_objects import pin_foreign_map, sock_ops_on
 from tests.kernel.remote import couple, exchange
-from tests.kernel.worker import REPOSITORY
 from underpass import abi, libbpf
+from underpass.torture.kernel_objects import pinned, pinned_at
 
 FAILED, USAGE = 1, 2
 COMMANDS = ("status", "connections", "explain ::1 ::1", "pause", "resume", "up", "down")
@@ -186,7 +186,7 @@ def _bpf_says(bed: Bed, *before: str) -> list[str]:
 import errno, sys
 sys.path.insert(0, {str(REPOSITORY)!r})
 from pathlib import Path
-from tests.kernel.kernel_objects import Object, pinned_at
+from underpass.torture.kernel_objects import Object, pinned_at
 for action in [lambda p=p: pinned_at(Path(p)) for p in {paths!r}] + [
     lambda k=k, n=n: Object(k, n).exists() for k, n in {objects!r}
 ]:

@@ -22,9 +22,9 @@ from tests.kernel.crowd import (
 from tests.kernel.fixtures import MakePlane
 from tests.kernel.remote import couple, exchange
 from tests.kernel.waiting import wait_until
-from tests.kernel.worker import Worker
 from underpass.dataplane import Dataplane
 from underpass.model import Settings
+from underpass.torture.worker import Worker
 
 _DEADLINE = 200.0
 _GROUPS = 4

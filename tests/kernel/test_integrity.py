@@ -9,9 +9,9 @@ import pytest
 
 from tests.kernel.bed import SERVER4, SERVER6, Bed
 from tests.kernel.fixtures import MakePlane
-from tests.kernel.plans import HALF_CLOSE_IN_MID_STREAM, SMALL_MESSAGES, Batch, Mode, mixed
-from tests.kernel.traffic import Report, run_batch
 from underpass.model import Fault
+from underpass.torture.plans import HALF_CLOSE_IN_MID_STREAM, SMALL_MESSAGES, Batch, Mode, mixed
+from underpass.torture.traffic import Report, run_batch
 
 FAMILIES = pytest.mark.parametrize(
     ("target", "listen"),

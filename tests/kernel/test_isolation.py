@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from tests.kernel.bed import Bed
-from tests.kernel.content import WrongBytesError
 from tests.kernel.fixtures import MakePlane
-from tests.kernel.plans import Batch, mixed
 from tests.kernel.remote import Remote, connect, exchange, listen
-from tests.kernel.traffic import Running
 from underpass.model import Fault
+from underpass.torture.content import WrongBytesError
+from underpass.torture.plans import Batch, mixed
+from underpass.torture.traffic import Running
 
 LOOPBACK = "127.0.0.1"
 _PORTS = 12

@@ -6,8 +6,9 @@ import pytest
 
 from tests.kernel.bed import SERVER4, Bed
 from tests.kernel.commands import underpass
-from tests.kernel.kernel_objects import pin_foreign_map, pinned, pinned_at, sock_ops_on
+from tests.kernel.kernel_objects import pin_foreign_map, sock_ops_on
 from tests.kernel.remote import couple, exchange
+from underpass.torture.kernel_objects import pinned, pinned_at
 
 FAILED = 1
 WORDS = ("up", "status", "down")

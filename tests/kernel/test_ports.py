@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from tests.kernel.bed import CLIENT4, SERVER4, Bed
-from tests.kernel.churn import churn_connect, churn_serve
 from tests.kernel.fixtures import MakePlane
 from tests.kernel.remote import accept_any, connect, couple, exchange, listen
-from tests.kernel.waiting import patient
 from underpass.model import Settings
+from underpass.torture.churn import Churn, churn_connect, churn_serve
+from underpass.torture.patience import patient
 
 PORT = 8080
 SOURCE = (CLIENT4, 31000)
@@ -63,9 +63,9 @@ def test_listeners_that_share_a_port(bed: Bed, plane: MakePlane) -> None:
 def test_forked_processes_that_share_a_listener(bed: Bed, plane: MakePlane) -> None:
     """Claim: connections that forked servers accept from one listener pair and are right."""
     underpass = plane()
-    address = (SERVER4, PORT)
-    serving = bed.worker("server").submit(churn_serve, address, 2000, processes=3)
-    assert bed.worker("client").call(churn_connect, address, 2000, 0) == []
+    churn = Churn((SERVER4, PORT), 2000, processes=3)
+    serving = bed.worker("server").submit(churn_serve, churn)
+    assert bed.worker("client").call(churn_connect, churn) == []
     assert serving.result(patient(20)) == []
     assert underpass.counters().pairs_total >= 2000
 

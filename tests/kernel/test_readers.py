@@ -9,11 +9,12 @@ import pytest
 
 from tests.kernel.bed import SERVER4, Bed
 from tests.kernel.fixtures import MakePlane
-from tests.kernel.plans import KIB, MIB
 from tests.kernel.remote import ROUND, Remote, couple, exchange
-from tests.kernel.waiting import holds_for, patient, wait_until
+from tests.kernel.waiting import holds_for, wait_until
 from underpass.dataplane import Dataplane
 from underpass.model import Fault
+from underpass.torture.patience import patient
+from underpass.torture.plans import KIB, MIB
 
 
 def _coupled(bed: Bed, *, outside: bool = False) -> tuple[Remote, Remote]:

@@ -12,8 +12,7 @@ import pytest
 from tests.kernel.bed import ADMITTING, BPFFS, SERVER4, Bed
 from tests.kernel.commands import command, kill_during, underpass
 from tests.kernel.fixtures import MakePlane
-from tests.kernel.kernel_objects import attach_foreign_sock_ops, pinned, sock_ops_on, wait_gone
-from tests.kernel.plans import KIB, MIB
+from tests.kernel.kernel_objects import attach_foreign_sock_ops, sock_ops_on, wait_gone
 from tests.kernel.remote import connect, couple, exchange, listen
 from tests.kernel.traffic import Load
 from tests.kernel.waiting import wait_until
@@ -21,6 +20,8 @@ from underpass import dataplane
 from underpass.dataplane import Dataplane
 from underpass.errors import UnderpassError
 from underpass.model import Settings
+from underpass.torture.kernel_objects import pinned
+from underpass.torture.plans import KIB, MIB
 
 ROUNDS = 8
 

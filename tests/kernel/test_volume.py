@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 
 from tests.kernel.bed import SERVER4, Bed
-from tests.kernel.churn import churn_connect, churn_serve
 from tests.kernel.fixtures import MakePlane
-from tests.kernel.waiting import fewer, patient, wait_until
+from tests.kernel.waiting import wait_until
+from underpass.torture.churn import Churn, churn_connect, churn_serve
+from underpass.torture.patience import fewer, patient
 
 _SERVERS = 2
 CONNECTIONS = fewer(100_000 // _SERVERS) * _SERVERS
@@ -20,9 +21,9 @@ def test_short_connections(bed: Bed, plane: MakePlane) -> None:
     share = CONNECTIONS // _SERVERS
     running = []
     for number in range(_SERVERS):
-        address = (SERVER4, 8080 + number)
-        running.append(bed.worker("server").submit(churn_serve, address, share))
-        running.append(bed.worker("client").submit(churn_connect, address, share, number * share))
+        churn = Churn((SERVER4, 8080 + number), share, number * share)
+        running.append(bed.worker("server").submit(churn_serve, churn))
+        running.append(bed.worker("client").submit(churn_connect, churn))
     complaints = list(itertools.chain(*(one.result(_DEADLINE) for one in running)))
     assert complaints == []
     counters = underpass.counters()

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from underpass.torture.patience import patient
+
 T = TypeVar("T")
 _TICK = threading.Event()
-SLOW = float(os.environ.get("UNDERPASS_SLOW", "1"))
-"""How many times slower than a real one this machine is: 1, or more under emulation."""
-
-
-def patient(seconds: float) -> float:
-    """A deadline that a real machine keeps in `seconds`, for this machine."""
-    return seconds * SLOW
-
-
-def fewer(count: int) -> int:
-    """How many repetitions this machine gets through where a real one gets through `count`."""
-    return max(1, round(count / SLOW))
 
 
 def wait_until(condition: Callable[[], T], what: str, deadline: float = 20.0) -> T:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.kernel.worker import REPOSITORY
+from tests.kernel.bed import REPOSITORY
 from tests.semantics.rows import ROWS, SUBJECTS
 from tests.semantics.table import Row, Verdict
 

@@ -18,12 +18,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from tests.kernel.bed import Bed
-from tests.kernel.worker import REPOSITORY, Place
+from tests.kernel.bed import REPOSITORY, Bed
 from tests.semantics.rows import BY_NAME
 from tests.semantics.stage import Stage
 from tests.semantics.table import Act, Row, Seen, judge
 from underpass.dataplane import Dataplane
+from underpass.torture.worker import Place
 
 PATIENCE = 0.4
 """Seconds after which a call that has not returned counts as blocked."""

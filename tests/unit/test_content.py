@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.kernel.content import LONGEST, PERIOD, Sink, Wrong, WrongBytesError, content
+from underpass.torture.content import LONGEST, PERIOD, Sink, Wrong, WrongBytesError, content
 
 
 def _take(stream: int, data: bytes) -> Wrong:

@@ -95,9 +95,9 @@ class Bed:
             for group in (self._top, self.shortcut, self.default, self._aside):
                 undo.enter_context(group)
             for netns in (self.client_netns, self.server_netns, self._switch):
-                undo.callback(_delete_netns, netns)
+                undo.callback(delete_netns, netns)
                 run_tool(["ip", "netns", "add", netns])
-                run_tool([*_inside(netns), "ip", "link", "set", "lo", "up"])
+                run_tool([*inside(netns), "ip", "link", "set", "lo", "up"])
             self._wire("va", self.client_netns, CLIENT_ADDRESS)
             self._wire("vb", self.server_netns, SERVER_ADDRESS)
             if self.way.kind == "ovs":
@@ -114,20 +114,20 @@ class Bed:
 
     def _wire(self, port: str, netns: str, address: str) -> None:
         peer = ["peer", "name", "eth0", "netns", netns]
-        run_tool([*_inside(self._switch), "ip", "link", "add", port, "type", "veth", *peer])
-        run_tool([*_inside(self._switch), "ip", "link", "set", port, "up"])
-        run_tool([*_inside(netns), "ip", "addr", "add", f"{address}/24", "dev", "eth0"])
-        run_tool([*_inside(netns), "ip", "link", "set", "eth0", "up"])
+        run_tool([*inside(self._switch), "ip", "link", "add", port, "type", "veth", *peer])
+        run_tool([*inside(self._switch), "ip", "link", "set", port, "up"])
+        run_tool([*inside(netns), "ip", "addr", "add", f"{address}/24", "dev", "eth0"])
+        run_tool([*inside(netns), "ip", "link", "set", "eth0", "up"])
 
     def _switch_by_bridge(self) -> None:
-        run_tool([*_inside(self._switch), "ip", "link", "add", "br0", "type", "bridge"])
-        run_tool([*_inside(self._switch), "ip", "link", "set", "br0", "up"])
+        run_tool([*inside(self._switch), "ip", "link", "add", "br0", "type", "bridge"])
+        run_tool([*inside(self._switch), "ip", "link", "set", "br0", "up"])
         for port in ("va", "vb"):
-            run_tool([*_inside(self._switch), "ip", "link", "set", port, "master", "br0"])
+            run_tool([*inside(self._switch), "ip", "link", "set", port, "master", "br0"])
 
     def _add_rules(self) -> None:
         for netns in (self.client_netns, self.server_netns):
-            restore = [*_inside(netns), "iptables-restore"]
+            restore = [*inside(netns), "iptables-restore"]
             run_tool(restore, stdin=rules_text(self.way.rules))
 
     def _switch_by_ovs(self) -> None:
@@ -150,15 +150,16 @@ class Bed:
         run_tool([*control, *bridge, *ports])
         for netns in (self.client_netns, self.server_netns):
             # User-space OVS does not finish the checksums that veth leaves to the hardware.
-            run_tool([*_inside(netns), "ethtool", "-K", "eth0", "tx", "off"])
+            run_tool([*inside(netns), "ethtool", "-K", "eth0", "tx", "off"])
 
 
-def _inside(netns: str) -> list[str]:
+def inside(netns: str) -> list[str]:
     """Words that run a command in a namespace; `ip -n` would remount /, which a chroot forbids."""
     return ["nsenter", f"--net=/run/netns/{netns}"]
 
 
-def _delete_netns(name: str) -> None:
+def delete_netns(name: str) -> None:
+    """Delete a namespace if it is there."""
     if Path("/run/netns", name).exists():
         run_tool(["ip", "netns", "del", name])
 
@@ -190,6 +191,6 @@ def sweep(cgroup_root: Path) -> list[int]:
             with suppress(OSError):
                 group.rmdir()
         for part in ("a", "b", "sw"):
-            _delete_netns(_NETNS.format(pid, part))
+            delete_netns(_NETNS.format(pid, part))
         shutil.rmtree(temporary / _DIRECTORY.format(pid), ignore_errors=True)
     return dead

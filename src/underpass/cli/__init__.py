@@ -26,6 +26,7 @@ _COMMANDS = {
     "guard": "guard",
     "doctor": "doctor",
     "bench": "bench",
+    "torture": "torture",
 }
 
 

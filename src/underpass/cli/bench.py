@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import click
 from rich.console import Console
@@ -20,35 +16,11 @@ from underpass.bench import afunix, bed, chart, report, runner
 from underpass.bench.compare import Outcome, Placement, failures
 from underpass.bench.programs import WORKLOADS, missing
 from underpass.cli import output
+from underpass.cli.interrupt import interruptible
 from underpass.dataplane import DEFAULT_PINS
 from underpass.errors import UnderpassError, Usage
 
 _PLACEMENTS = ("one-core", "two-cores", "free")
-
-
-class _Stopped(Exception):
-    """SIGINT or SIGTERM came."""
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """The first SIGINT or SIGTERM stops the work, later ones do not disturb the cleaning up."""
-
-    def stop(number: int, _: FrameType | None) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)
-        raise _Stopped(signal.Signals(number).name)
-
-    old = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    except _Stopped as stopped:
-        raise UnderpassError(
-            "finish", "the benchmark", f"{stopped} came; all it made is removed", "run it again"
-        ) from None
-    finally:
-        for each, handler in old.items():
-            signal.signal(each, handler)
 
 
 def _choose_placements(name: str, cpus: str | None) -> tuple[Placement, ...]:
@@ -172,7 +144,7 @@ def bench(  # noqa: PLR0913, PLR0917 - one argument an option
     if chosen.unix and not afunix.available():
         click.echo("no AF_UNIX columns: this build has no afunix program", err=True)
     started = time.time()
-    with _interruptible():
+    with interruptible("the benchmark"):
         bed.sweep(root)
         with bed.Bed(root, path) as here, runner.generation(here) as plane:
             rows = len(chosen.measures(here.directory, seconds))

@@ -11,9 +11,9 @@ import hashlib
 import os
 from dataclasses import dataclass
 
-PERIOD = (16 << 20) - 3
+PERIOD = (8 << 20) - 3
 """Length of the key stream in bytes: streams repeat after it."""
-LONGEST = 2 << 20
+LONGEST = 4 << 20
 """Longest slice that can be asked for at once, in bytes."""
 _SPREAD = 0x9E3779B97F4A7C15
 
@@ -34,29 +34,36 @@ def key_file() -> int:
 
 
 def position(stream: int, offset: int) -> int:
-    """Where in the key stream the byte at `offset` of `stream` stands."""
+    """Where in the key stream the byte at ``offset`` of ``stream`` stands."""
     return (stream * _SPREAD + offset) % PERIOD
 
 
 def content(stream: int, offset: int, length: int) -> memoryview:
-    """`length` bytes (at most `LONGEST`) of `stream` from `offset` on."""
+    """``length`` bytes (at most ``LONGEST``) of ``stream`` from ``offset`` on."""
     start = position(stream, offset)
     return memoryview(_key_stream())[start : start + length]
 
 
 @dataclass(frozen=True)
 class Wrong:
-    """The first wrong byte of a stream."""
+    """The first wrong byte of a stream.
+
+    Attributes:
+        stream: its number.
+        offset: where in the stream.
+        belongs_at: position in the key stream of the bytes that came instead; None: in no
+            stream at all.
+    """
 
     stream: int
     offset: int
     belongs_at: int | None
-    """Position in the key stream of the bytes that came instead; None: in no stream at all."""
 
     def describe(self, lengths: dict[int, int]) -> str:
-        """Say what the wrong bytes are, given the lengths of all streams of the test."""
+        """Say what the wrong bytes are, given the lengths of the streams that may be meant."""
         instead = "bytes of no stream"
         if self.belongs_at is not None:
+            instead = "bytes of a stream of another batch"
             for stream in sorted(lengths, key=lambda stream: stream != self.stream):
                 offset = (self.belongs_at - position(stream, 0)) % PERIOD
                 if offset < lengths[stream]:
@@ -81,12 +88,17 @@ class Sink:
         self.stream = stream
         self.offset = 0
 
-    def feed(self, data: bytes) -> None:
-        """Take the next bytes of the stream; raises `WrongBytesError` at the first wrong one."""
-        expected = content(self.stream, self.offset, len(data))
-        if expected != data:
-            self._raise(data, bytes(expected))
-        self.offset += len(data)
+    def feed(self, data: bytes | bytearray, length: int | None = None) -> None:
+        """Take the next ``length`` (default: all) bytes of ``data``; at most ``LONGEST``.
+
+        Raises:
+            WrongBytesError: at the first wrong one.
+        """
+        size = len(data) if length is None else length
+        expected = content(self.stream, self.offset, size)
+        if not data.startswith(expected):  # one memcmp, where == would go byte by byte
+            self._raise(bytes(data[:size]), bytes(expected))
+        self.offset += size
 
     def _raise(self, data: bytes, expected: bytes) -> None:
         first = next(

@@ -8,7 +8,7 @@ import socket
 from dataclasses import dataclass, replace
 
 FOREVER = -1
-"""As `send`: until the test says stop. As `receive`: until EOF."""
+"""As `send`: until told to stop. As `receive`: until EOF."""
 KIB, MIB = 1 << 10, 1 << 20
 
 
@@ -31,6 +31,14 @@ class Step:
     """Close with an RST."""
     expect_reset: bool = False
     """Take right bytes until the peer's RST."""
+    until_error: bool = False
+    """Send until the peer's RST shows as an error: it must."""
+    fill: int = 0
+    """Send without blocking until nothing more is taken; more bytes than this are an error."""
+    within: float = 0
+    """Seconds after the connection's start when filling ends; the reader waits for longer."""
+    wait: float = 0
+    """Seconds of idleness before the step begins."""
 
 
 class Mode(enum.Enum):
@@ -74,6 +82,8 @@ class Batch:
     """Clients set TCP_DEFER_ACCEPT: their handshake ACK waits for their first bytes."""
     writer_waits: bool = False
     """Blocking clients begin to write before the connection stands: this defers the ACK too."""
+    pace: float = 0
+    """Seconds between one connect and the next."""
     deadline: float = 30.0
     """Seconds after which a connection that is not done counts as hung."""
 
@@ -84,6 +94,7 @@ class Batch:
 
     @property
     def family(self) -> socket.AddressFamily:
+        """The clients' address family."""
         return family_of(self.target)
 
 
@@ -163,7 +174,7 @@ SHAPES: tuple[Plan, ...] = (
         (Step(receive=200), Step(send=5000)) * 20,
     ),
 )
-"""Every shape a connection's life takes in these tests, blocking."""
+"""Every shape a connection's life takes in the tests, blocking."""
 
 SMALL_MESSAGES = _plan(
     "64 small messages", (Step(send=64 * 100, write=100),), (Step(receive=64 * 100),)
@@ -172,7 +183,7 @@ SMALL_MESSAGES = _plan(
 
 _FLOOD = Step(send=FOREVER, receive=FOREVER, write=8 * KIB, vary=True, shut=True, eof=True)
 BUSY = Plan("busy both ways", (_FLOOD,), (_FLOOD,))
-"""Both ends send without a pause until the test says stop."""
+"""Both ends send without a pause until told to stop."""
 
 
 def mixed(count: int, seed: int) -> tuple[Plan, ...]:

@@ -1,7 +1,7 @@
-"""Processes that live in one network namespace and one cgroup and do what the test asks.
+"""Processes that live in one network namespace and one cgroup and do what they are asked.
 
 A socket belongs to the cgroup and the namespace its process is in when it is made, so a worker
-enters both before it does anything else. It dies with the test, however that ends.
+enters both before it does anything else. It dies with whoever started it, however that ends.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from tests.kernel.waiting import patient
+from underpass.torture.patience import patient
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-REPOSITORY = Path(__file__).parents[2]
 CALL_DEADLINE = patient(60.0)
 """Seconds a call may take before it counts as hung."""
+_Call = tuple[int, Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 _CLONE_NEWNET = 0x40000000
 _PR_SET_PDEATHSIG = 1
 
@@ -48,8 +48,12 @@ class Place:
                 raise OSError(ctypes.get_errno(), f"setns to {self.netns}")
 
 
+class WorkerGoneError(Exception):
+    """The worker process has ended."""
+
+
 class Worker:
-    """The test's end of one worker process."""
+    """The commanding end of one worker process. It dies with the thread that made it."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
@@ -57,19 +61,25 @@ class Worker:
         self._pending: dict[int, Future[Any]] = {}
         self._lock = threading.Lock()
         self._calls = 0
+        self._gone = threading.Event()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.kernel.worker", str(theirs.fileno())],
+            [sys.executable, "-P", "-m", "underpass.torture.worker", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
-            cwd=REPOSITORY,
         )
         theirs.close()
-        self._connection.send(place)
+        self._connection.send((place, sys.path))
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     @property
     def pid(self) -> int:
+        """The process's number."""
         return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process answers; it stops to a moment before it can be waited for."""
+        return not self._gone.is_set()
 
     def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Start `function` in a thread of the worker; the future gets its result."""
@@ -80,7 +90,8 @@ class Worker:
             try:
                 self._connection.send((self._calls, function, args, kwargs))
             except OSError as error:
-                future.set_exception(error)
+                self._gone.set()
+                future.set_exception(WorkerGoneError(str(error)))
         return future
 
     def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -103,20 +114,15 @@ class Worker:
                 else:
                     future.set_exception(error)
         except (EOFError, OSError):
+            self._gone.set()
             with self._lock:
                 for future in self._pending.values():
                     if not future.done():
-                        future.set_exception(RuntimeError(f"worker {self.pid} is gone"))
+                        future.set_exception(WorkerGoneError(f"worker {self.pid} is gone"))
 
 
-def _answer(
-    connection: Connection[Any, Any],
-    lock: threading.Lock,
-    number: int,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> None:
+def _answer(connection: Connection[Any, Any], lock: threading.Lock, call: _Call) -> None:
+    number, function, args, kwargs = call
     result, error = None, None
     try:
         result = function(*args, **kwargs)
@@ -127,18 +133,19 @@ def _answer(
 
 
 def main() -> None:
-    """Body of a worker process: enter the place, then answer calls until the test is gone."""
+    """Body of a worker process: enter the place, then answer calls until the commander is gone."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
-    place: Place = connection.recv()
+    place: Place
+    place, sys.path[:] = connection.recv()  # its functions come from where ours do
     place.enter()
     lock = threading.Lock()
     try:
         while True:
-            arguments = (connection, lock, *connection.recv())
+            arguments = (connection, lock, connection.recv())
             threading.Thread(target=_answer, args=arguments, daemon=True).start()
     except EOFError:
         os._exit(0)

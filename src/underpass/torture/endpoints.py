@@ -12,13 +12,14 @@ import threading
 import time
 from dataclasses import dataclass
 
-from tests.kernel.content import Sink, Wrong, WrongBytesError, content, key_file, position
-from tests.kernel.plans import FOREVER, Mode, Step
+from underpass.torture.content import Sink, Wrong, WrongBytesError, content, key_file, position
+from underpass.torture.plans import FOREVER, Mode, Step
 
 STOP = threading.Event()
 """Set: streams without a length end."""
-_READ = 64 << 10
+_READ = 256 << 10
 _TURNS = 32
+_QUIET_MS = 300
 _HUNG_UP = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 
 
@@ -30,16 +31,30 @@ class Count:
         self.value = 0
 
     def add(self, number: int) -> None:
+        """Add ``number``."""
         with self._lock:
             self.value += number
 
 
+class _Buffers(threading.local):
+    """A read buffer for each thread."""
+
+    def __init__(self) -> None:
+        self.bytes = bytearray(_READ)
+        self.view = memoryview(self.bytes)
+
+
+_BUFFERS = _Buffers()
 MOVED = Count()
 """Bytes that this process has sent."""
 
 
 class HungError(Exception):
     """An operation did not finish before its deadline."""
+
+
+class UnboundedError(Exception):
+    """A sender was not held although its reader did not read."""
 
 
 class EarlyError(Exception):
@@ -72,6 +87,7 @@ class Endpoint:
         self.sink = Sink(into)
         self.sent = 0
         self.woken = 0
+        self.began = time.monotonic()
         self.end = end
         self._sizes = random.Random(out)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -91,11 +107,12 @@ class Endpoint:
 
     def read(self, left: int) -> int:
         """One read of at most `left` bytes, checked; 0 at EOF."""
-        data = self.sock.recv(min(left, _READ))
-        self.sink.feed(data)
-        return len(data)
+        got = self.sock.recv_into(_BUFFERS.view[: min(left, _READ)])
+        self.sink.feed(_BUFFERS.bytes, got)
+        return got
 
     def close(self, *, reset: bool = False) -> None:
+        """Close the socket, with an RST if asked to."""
         if reset:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.sock.close()
@@ -117,6 +134,8 @@ class Endpoint:
         self.close()
 
     def _play_blocking(self, step: Step) -> None:
+        if step.wait:
+            time.sleep(step.wait)
         failures: list[Exception] = []
 
         def send() -> None:
@@ -147,6 +166,11 @@ class Endpoint:
             self.close(reset=True)
 
     def _send_all(self, step: Step) -> None:
+        if step.until_error:
+            self._send_until_error(step)
+            return
+        if step.fill:
+            self._fill(step)
         last = self.sent + step.send
         while not STOP.is_set() if step.send == FOREVER else self.sent < last:
             self.write(step, step.write if step.send == FOREVER else last - self.sent)
@@ -154,6 +178,25 @@ class Endpoint:
                 raise HungError(f"still sending at the deadline: {step}")
         if step.shut:
             self.sock.shutdown(socket.SHUT_WR)
+
+    def _fill(self, step: Step) -> None:
+        poller = select.poll()
+        poller.register(self.sock, select.POLLOUT)
+        while time.monotonic() < self.began + step.within:
+            try:
+                part = content(self.out, self.sent, step.write)
+                self.sent += self.sock.send(part, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                if not poller.poll(_QUIET_MS):
+                    break
+            if self.sent > step.fill:
+                raise UnboundedError(f"{self.sent} bytes taken that nobody read")
+
+    def _send_until_error(self, step: Step) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            while time.monotonic() < self.end:
+                self.write(step, step.write)
+            raise HungError(f"no error from a peer that has closed, {self.sent} bytes sent")
 
     def _receive_all(self, step: Step) -> None:
         if step.expect_reset:
@@ -197,7 +240,9 @@ class Machine:
         self.done = False
         self._drained = self._hung_up = False
         self.step = 0
-        self._shut = False
+        self._shut = self._refused = False
+        self.starts = 0.0
+        """When the step begins: `time.monotonic`."""
         self._until_sent = self._until_received = 0
         self._begin()
 
@@ -205,8 +250,14 @@ class Machine:
         step = self.endpoint.steps[self.step]
         self._until_sent = self.endpoint.sent + step.send
         self._until_received = self.endpoint.sink.offset + step.receive
-        self._shut = False
+        self._shut = self._refused = False
+        self.starts = time.monotonic() + step.wait
         self._over = not (step.eof or step.expect_reset or step.receive == FOREVER)
+
+    @property
+    def waits(self) -> bool:
+        """Whether its step has not begun yet."""
+        return time.monotonic() < self.starts
 
     @property
     def interest(self) -> int:
@@ -222,6 +273,8 @@ class Machine:
 
     def _sending(self) -> bool:
         step = self.endpoint.steps[self.step]
+        if step.until_error:
+            return not self._refused
         if step.send == FOREVER:
             return not STOP.is_set()
         return self.endpoint.sent < self._until_sent
@@ -241,6 +294,8 @@ class Machine:
 
     def advance(self) -> bool:
         """Do what can be done now; whether it only stopped to let others run."""
+        if self.waits:
+            return False
         turns = _TURNS if self.edge else 1
         for _ in range(turns):
             moved = self._send() | self._receive()
@@ -248,7 +303,7 @@ class Machine:
                 if self.done:
                     return False
                 moved = True
-            if not moved:
+            if not moved or self.waits:
                 return False
         return self.edge
 
@@ -257,12 +312,16 @@ class Machine:
             return False
         step = self.endpoint.steps[self.step]
         left = step.write
-        if step.send != FOREVER:
+        if step.send != FOREVER and not step.until_error:
             left = self._until_sent - self.endpoint.sent
         try:
             self.endpoint.write(step, left)
         except BlockingIOError:
             return False
+        except (BrokenPipeError, ConnectionResetError):
+            if not step.until_error:
+                raise
+            self._refused = True
         return True
 
     def _receive(self) -> bool:
@@ -319,6 +378,7 @@ class Loop:
         self._epoll = select.epoll()
         self._machines: dict[int, Machine] = {}
         self._interests: dict[int, int] = {}
+        self._waiting: set[int] = set()
 
     def add(self, machine: Machine) -> None:
         """Take a machine whose socket is connected or connecting."""
@@ -326,6 +386,8 @@ class Loop:
         number = machine.endpoint.sock.fileno()
         self._machines[number] = machine
         self._interests[number] = machine.interest
+        if machine.waits:
+            self._waiting.add(number)
         self._epoll.register(number, machine.interest)
 
     def run(self) -> None:
@@ -339,10 +401,21 @@ class Loop:
             numbers = ready.union(number for number, _ in events)
             if STOP.is_set():
                 numbers.update(list(self._machines))
+            numbers.update(self._begun())
             ready = {number for number in numbers if self._turn(number)}
         for machine in self._machines.values():
             step = machine.endpoint.steps[machine.step]
             self._end(machine, HungError(f"not done in step {machine.step}: {step}"))
+
+    def _begun(self) -> list[int]:
+        """Sockets whose machine has waited long enough."""
+        begun = [
+            number
+            for number in list(self._waiting)
+            if (machine := self._machines.get(number)) is None or not machine.waits
+        ]
+        self._waiting.difference_update(begun)
+        return begun
 
     def _turn(self, number: int) -> bool:
         machine = self._machines.get(number)
@@ -361,6 +434,8 @@ class Loop:
             machine.close()
             self._end(machine, None)
             return False
+        if machine.waits:
+            self._waiting.add(number)
         if machine.interest != self._interests[number]:
             self._interests[number] = machine.interest
             self._epoll.modify(number, machine.interest)
