@@ -255,7 +255,7 @@ def test_identity_is_the_same_in_both_worlds(bed: Bed, plane: MakePlane) -> None
     for worker in (client, server):
         program = _of(underpass_, worker)
         assert (program.pid, program.by_arguments) == (worker.pid, True)
-        assert "tests.kernel.worker" in program.command
+        assert "underpass.torture.worker" in program.command
 
 
 def test_multipath_tcp_is_left_alone(bed: Bed, plane: MakePlane) -> None:

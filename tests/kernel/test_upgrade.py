@@ -172,17 +172,17 @@ def test_the_oldest_generation_makes_room(bed: Bed, plane: MakePlane) -> None:
 def test_upgrade_killed_half_way(bed: Bed) -> None:
     """Claim: whatever a killed `upgrade` left, traffic goes on and the next command mends it."""
     dataplane.up(bed.pins, bed.cgroup, ADMITTING)
-    begin = time.monotonic()
-    underpass(bed.pins, "upgrade").ok()
-    longest = time.monotonic() - begin
     load = Load(bed)
     load.start(8, deadline=200)
     load.wait_moves(MIB)
+    begin = time.monotonic()
+    underpass(bed.pins, "upgrade").ok()
+    longest = time.monotonic() - begin
     moments = random.Random(11)
     seen = set()
     for number in range(20):
-        kill_during(command(bed.pins, "upgrade"), moments.uniform(longest / 4, longest))
-        seen.add(len(list(BPFFS.glob(f"{bed.name}*"))))
+        kill_during(command(bed.pins, "upgrade"), moments.uniform(longest / 2, longest))
+        seen.add(tuple(sorted(path.name for path in BPFFS.glob(f"{bed.name}*"))))
         if number % 4 == 0:
             underpass(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup).ok()
             before = _carried(bed.pins)

@@ -26,7 +26,7 @@ _COOKIES = st.integers(0, 3)
 _RECORDS = st.builds(
     abi.Record,
     *[_COOKIES] * 2,
-    *[st.integers(0, (1 << 64) - 1)] * 3,
+    *[st.integers(0, (1 << 64) - 1)] * 6,
     _bytes(16),
     st.integers(0, (1 << 32) - 1),
     _bytes(16),
