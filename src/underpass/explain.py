@@ -131,6 +131,12 @@ def _step(reason: Reason) -> str:
     return steps.get(reason, "nothing to do")
 
 
+_REFUSED_STEPS = {
+    Reason.OBSERVED: "reconnect once `underpass guard list` says admitted",
+    Reason.GUARDED: "see `underpass guard list`; `underpass guard allow` overrules it",
+}
+
+
 def _unpaired(
     subject: str, sock: Socket, state: str, facing: dict[tuple[str, int], list[Socket]]
 ) -> Finding:
@@ -146,7 +152,8 @@ def _unpaired(
         return tcp("outside-cgroup", sentence, "attach to a cgroup that holds it (`up --cgroup`)")
     if sock.reason not in _SILENT:
         word, meaning = sock.reason.word, sock.reason.meaning
-        return tcp(word, f"It is not in the map: {meaning}.", "reconnect to try again")
+        sentence = f"It is not in the map: {meaning}."
+        return tcp(word, sentence, _REFUSED_STEPS.get(sock.reason, "reconnect to try again"))
     others = [
         s
         for s in facing.get((sock.endpoint.address, sock.endpoint.port), ())

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernel import remote
-from tests.kernel.bed import SERVER4, Bed
+from tests.kernel.bed import SERVER4, UNGUARDED, Bed
 from tests.kernel.commands import underpass
 from tests.kernel.fixtures import MakePlane
 from tests.kernel.remote import Remote, connect, couple, exchange, listen
@@ -26,6 +26,7 @@ SO_ZEROCOPY, MSG_ZEROCOPY = 60, 0x4000000
 IPPROTO_MPTCP = 262
 MESSAGE = 1000
 _STREAM = 1
+_SPLICE_F_NONBLOCK = 2
 
 
 def _of(plane: Dataplane, worker: Worker) -> Program:
@@ -73,6 +74,16 @@ def _splice(number: int, size: int) -> int:
     try:
         taken = os.splice(number, out, size)
         return len(os.read(into, size)) if taken else 0
+    finally:
+        os.close(into)
+        os.close(out)
+
+
+def _splice_now(number: int, size: int) -> int:
+    """Move what is there, without waiting."""
+    into, out = os.pipe()
+    try:
+        return os.splice(number, out, size, flags=_SPLICE_F_NONBLOCK)
     finally:
         os.close(into)
         os.close(out)
@@ -198,6 +209,20 @@ def test_a_late_sign_moves_open_pairs_to_tcp(bed: Bed, plane: MakePlane, sign: S
         return underpass.counters().refused_total["guarded"] > 0
 
     wait_until(left, "the pair leaves the map")
+
+
+def test_what_the_guard_prevents(bed: Bed, plane: MakePlane) -> None:
+    """Claim: without the guard a splice finds nothing, and MSG_WAITALL returns short."""
+    plane(UNGUARDED)
+    near, far = couple(bed.worker("client"), bed.worker("server"), TO)
+    exchange(near, far, _STREAM)
+    near.send(_STREAM, MESSAGE)
+    with pytest.raises(BlockingIOError):
+        far.worker.call(_splice_now, far.number, MESSAGE)
+    far.receive(_STREAM, MESSAGE)
+    near.send(_STREAM, MESSAGE)
+    short = far.worker.call(_read_all, far.number, 2 * MESSAGE, socket.MSG_WAITALL)
+    assert short == MESSAGE
 
 
 def test_rules_overrule_signs(bed: Bed, plane: MakePlane) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.kernel.bed import SERVER4, Bed
+from tests.kernel.bed import SERVER4, UNGUARDED, Bed
 from tests.kernel.fixtures import MakePlane
 from tests.kernel.remote import ROUND, Remote, couple, exchange
 from tests.kernel.waiting import holds_for, wait_until
@@ -40,14 +40,14 @@ def _wait_all_across(bed: Bed, underpass: Dataplane) -> None:
 
 def test_a_reader_that_waits_for_all_is_not_left_asleep(bed: Bed, plane: MakePlane) -> None:
     """Claim: recv(MSG_WAITALL) that began on TCP bytes gets the rest of them, over TCP."""
-    underpass = plane()
+    underpass = plane(UNGUARDED)
     _wait_all_across(bed, underpass)
     assert underpass.counters().tcp_messages_total["reader-waits-for-tcp"] > 0
 
 
 def test_the_check_catches_a_blind_switch(bed: Bed, plane: MakePlane) -> None:
     """Claim: when nobody looks for sleeping readers, the check above fails."""
-    underpass = plane(faults=Fault.BLIND_READER)
+    underpass = plane(UNGUARDED, Fault.BLIND_READER)
     with pytest.raises(EOFError, match="10 bytes of 100"):
         _wait_all_across(bed, underpass)
 

@@ -21,9 +21,10 @@ from underpass.dataplane import Dataplane
 from underpass.errors import UnderpassError
 from underpass.model import Settings
 from underpass.torture.kernel_objects import pinned
+from underpass.torture.patience import fewer
 from underpass.torture.plans import KIB, MIB
 
-ROUNDS = 8
+ROUNDS = fewer(6)
 
 
 def _carried(pins: Path) -> int:
@@ -180,7 +181,7 @@ def test_upgrade_killed_half_way(bed: Bed) -> None:
     longest = time.monotonic() - begin
     moments = random.Random(11)
     seen = set()
-    for number in range(20):
+    for number in range(fewer(12)):
         kill_during(command(bed.pins, "upgrade"), moments.uniform(longest / 2, longest))
         seen.add(tuple(sorted(path.name for path in BPFFS.glob(f"{bed.name}*"))))
         if number % 4 == 0:
