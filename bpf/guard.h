@@ -192,7 +192,7 @@ static __noinline __u64 current_program(void)
 	if (!p || !executable(mm))
 		return key;
 	p->first_seen = bpf_ktime_get_ns();
-	p->pid = bpf_get_current_pid_tgid() >> 32;
+	p->pid = BPF_CORE_READ((const struct task_struct *)bpf_get_current_task(), tgid);
 	read_name(p->name, executable(mm));
 	p->by_arguments = interprets(p->name);
 	start = BPF_CORE_READ(mm, arg_start);

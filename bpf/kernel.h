@@ -45,7 +45,7 @@ struct file { struct inode *f_inode; struct path f_path; void *private_data; };
 struct fdtable { unsigned int max_fds; struct file **fd; };
 struct files_struct { struct fdtable *fdt; };
 struct mm_struct { unsigned long arg_start, arg_end; struct file *exe_file; };
-struct task_struct { struct mm_struct *mm; struct files_struct *files; };
+struct task_struct { int tgid; struct mm_struct *mm; struct files_struct *files; };
 struct pt_regs___x86 { unsigned long di, si, dx, r10; };
 struct pt_regs___arm64 { __u64 regs[31]; __u64 orig_x0; };
 struct in6_addr { union { __u8 u6_addr8[16]; __u32 u6_addr32[4]; } in6_u; };
