@@ -112,8 +112,10 @@ static __always_inline void watch(const void *regs, __u64 call)
 	program = current_program();
 	if (allowed(program))
 		return;
-	note_sign(program, signs);
-	served_by(sk, program);
+	if (program) {
+		note_sign(program, signs);
+		served_by(sk, program);
+	}
 	cookie = BPF_CORE_READ(sk, __sk_common.skc_cookie.counter);
 	if (psock_of(sk) && cookie && !bpf_map_lookup_elem(&marked, &cookie)) {
 		bpf_map_update_elem(&marked, &cookie, &signs, BPF_ANY);

@@ -344,7 +344,11 @@ class Dataplane:
             if record.covered
         }
         fd, known = self.fd("owners"), abi.u64()
-        strange = {i: place for i, place in places.items() if not libbpf.lookup(fd, place, known)}
+        strange = {
+            inode: place
+            for inode, place in places.items()
+            if not libbpf.lookup(fd, place, known) or not known.value
+        }
         processes = programs.of_sockets(set(strange)) if strange else {}
         for inode, place in strange.items():
             found = programs.identify(processes[inode]) if inode in processes else None
