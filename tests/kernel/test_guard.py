@@ -18,10 +18,11 @@ from tests.kernel.waiting import wait_until
 from underpass import programs
 from underpass.generation import Dataplane
 from underpass.model import Program, Settings, Sign
+from underpass.torture.patience import patient
 from underpass.torture.worker import Worker
 
 TO = (SERVER4, 8080)
-SOON = Settings(observe_seconds=0.3)
+SOON = Settings(observe_seconds=patient(0.3))
 SO_ZEROCOPY, MSG_ZEROCOPY = 60, 0x4000000
 IPPROTO_MPTCP = 262
 MESSAGE = 1000

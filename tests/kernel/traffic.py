@@ -31,7 +31,7 @@ class Load:
                 (replace(BUSY, mode=mode),) * share,
                 SERVER4,
                 port=7000 + number,
-                first_port=20000 + 100 * self._batches,
+                first_port=20000 + 100 * (self._batches % 400),
                 deadline=deadline,
             )
             self._batches += 1
