@@ -339,6 +339,11 @@ def sweep() -> None:
             dataplane.down(namespaces.BPFFS / cgroup.name, 1.0)
             with contextlib.suppress(OSError):
                 cgroup.rmdir()
+    for pins in namespaces.BPFFS.glob(f"{_NAME}*"):  # their cgroup has gone before them
+        owner = pins.name.removeprefix(_NAME)
+        if owner.isdecimal() and not Path(f"/proc/{owner}").exists():
+            with contextlib.suppress(UnderpassError):
+                dataplane.down(pins, 1.0)
 
 
 def _in_child(pins: Path, cgroup: Path, tests: Sequence[tuple[str, bool, _Test]]) -> list[Outcome]:
