@@ -87,6 +87,16 @@ static __always_inline int inside(const struct sock *sk)
 	return BPF_CORE_READ(psock_of(sk), refcnt.refs.counter) - 1;
 }
 
+/* May a redirect that was decided before still be on its way to this socket? Only a thread that is inside
+ * tcp_bpf_sendmsg of its peer, and awake, can bring one. */
+static __always_inline bool more_may_come(const struct endpoint *ep)
+{
+	const struct sock *peer = ep ? (const void *)ep->peer_sock : 0;
+
+	return peer && BPF_CORE_READ(peer, __sk_common.skc_cookie.counter) == (__s64)ep->peer.cookie &&
+	       psock_of(peer) && inside(peer) > sleepers(peer);
+}
+
 /* Inside the subtree that sock_ops is attached to? */
 static __always_inline bool covered(const struct sock *sk)
 {

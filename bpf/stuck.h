@@ -167,6 +167,13 @@ static __always_inline void start_afresh(struct bpf_sock_ops *ctx)
 	__builtin_memset(ep, 0, sizeof(*ep));
 }
 
+/* May a thread be on its way from this, the calling socket into its peer's queue? It has released the
+ * lock; whoever holds it now, if anybody does, is the one that builds this packet. */
+static __always_inline bool redirects(const struct sock *sk)
+{
+	return inside(sk) - (BPF_CORE_READ(sk, sk_lock.owned) ? 1 : 0) > sleepers(sk);
+}
+
 static __always_inline void on_packet(struct bpf_sock_ops *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
@@ -195,8 +202,11 @@ static __always_inline void on_packet(struct bpf_sock_ops *ctx)
 	if (CTX(state) == BPF_TCP_FIN_WAIT1) /* its FIN: a moment later, perhaps a better one */
 		return half_close(ctx, ep);
 	now = bpf_ktime_get_ns();
-	if (ep->leave && now - ep->gone_at > PATIENCE_NS && !has_unread((const struct sock *)tp))
-		return leave(ctx, ep, tp, ep->leave); /* what it had under way has arrived by now */
+	/* A thread of the peer may still bring what was decided before, and one of ours would be hidden from
+	 * the peer once our psock is gone: then a later packet is the moment. */
+	if (ep->leave && now - ep->gone_at > PATIENCE_NS && !has_unread((const struct sock *)tp) &&
+	    !more_may_come(ep) && !redirects((const struct sock *)tp))
+		return leave(ctx, ep, tp, ep->leave);
 	copied = tp->copied_seq;
 	if (tp->rcv_nxt == copied) {
 		if (ep->ticking && now - ep->seen_at > PATIENCE_NS)

@@ -125,7 +125,7 @@ int up_drain(struct bpf_iter__sockmap *ctx)
 	if (!sk || !at)
 		return 0;
 	key = *at;
-	if ((has_unread(sk) || more_may_come(sk)) && !fault(UP_FAULT_DRAIN_UNREAD)) {
+	if ((has_unread(sk) || more_may_come(bpf_sk_storage_get(&endpoints, sk, 0, 0))) && !fault(UP_FAULT_DRAIN_UNREAD)) {
 		record(ctx, sk);
 		return 0;
 	}

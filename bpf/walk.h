@@ -101,17 +101,6 @@ static __always_inline void release(struct bpf_iter__tcp *ctx)
 		bpf_setsockopt(tp, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat));
 }
 
-/* While draining: may a redirect that was decided before still be on its way to this socket? Only a
- * thread that is inside tcp_bpf_sendmsg of its peer, and awake, can bring one. */
-static __always_inline bool more_may_come(struct sock *sk)
-{
-	struct endpoint *ep = bpf_sk_storage_get(&endpoints, sk, 0, 0);
-	const struct sock *peer = ep ? (const void *)ep->peer_sock : 0;
-
-	return peer && BPF_CORE_READ(peer, __sk_common.skc_cookie.counter) == (__s64)ep->peer.cookie &&
-	       psock_of(peer) && inside(peer) > sleepers(peer);
-}
-
 static __always_inline void record(struct bpf_iter__sockmap *ctx, struct sock *sk)
 {
 	struct up_record r = {};

@@ -169,17 +169,20 @@ def down(
         The endpoints (text) that still hold unread bytes. They go on working; the generation
         stays pinned, in state ``draining``, until ``down`` is run again. Empty: all is gone.
     """
-    if not any(path.exists() for path in (pins, pinning.scratch(pins), pinning.lock(pins))):
+    if not places(pins):
         return []
     namespaces.check_bpffs(pins)  # or it is somebody's directory of files
     with pinning.locked(pins):
         _recover(pins)
         left = []
-        # the one in charge last: `down` again finds the others by it
-        for path in [*retired(pins), pins]:
-            if path.exists():
-                left += _take_down(path, pinning.scratch(pins), timeout, on_progress)
-        return left
+        for path in retired(pins):
+            left += _take_down(path, pinning.scratch(pins), timeout, on_progress)
+        if left or not pins.exists():
+            if left and pins.exists():  # it goes last, but takes in nothing more
+                with contextlib.suppress(NotLoaded), Dataplane.open(pins) as plane:
+                    plane.set_draining(True)
+            return left
+        return _take_down(pins, pinning.scratch(pins), timeout, on_progress)
 
 
 def drain(plane: Dataplane, timeout: float, on_progress: Callable[[int], None] | None) -> list[str]:
@@ -375,7 +378,9 @@ def _complete_upgrade(pins: Path) -> None:
         old.set_closed(True)
         new.set_closed(False)
         new.arm_listeners(before=old)
-        scratch.rename(pins.with_name(f"{pins.name}-old-{old.number}"))
+        taken = [int(path.name.rpartition("-")[2]) for path in retired(pins)]
+        number = max([old.number, *(n + 1 for n in taken)])
+        scratch.rename(pins.with_name(f"{pins.name}-old-{number}"))
 
 
 def _recover(pins: Path) -> None:

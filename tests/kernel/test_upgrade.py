@@ -218,3 +218,23 @@ def test_two_hundred_upgrades(bed: Bed, plane: MakePlane, *, long_run: bool) -> 
     wait_until(lambda: sum(_pairs(bed.pins)) == 0, "all pairs have closed")
     dataplane.upgrade(bed.pins)
     assert list(BPFFS.glob(f"{bed.name}*")) == [bed.pins]
+
+
+def test_down_waits_for_every_generation(bed: Bed) -> None:
+    """Claim: with unread bytes in a retired generation `down` can be run again, and ends it."""
+    dataplane.up(bed.pins, bed.cgroup, ADMITTING)
+    near, far = couple(bed.worker("client"), bed.worker("server"), (SERVER4, 8080))
+    exchange(near, far, 1)
+    near.send(1, 10 * KIB)
+    dataplane.upgrade(bed.pins)
+    for _ in range(2):
+        assert len(dataplane.down(bed.pins, timeout=0.2)) == 1
+    assert underpass(bed.pins, "status", "--json").document()["state"] == "draining"
+    underpass(bed.pins, "up", "--cgroup", bed.cgroup).ok()
+    dataplane.upgrade(bed.pins)
+    assert len(dataplane.down(bed.pins, timeout=0.2)) == 1
+    far.receive(1, 10 * KIB)
+    assert dataplane.down(bed.pins) == []
+    assert list(BPFFS.glob(f"{bed.name}*")) == []
+    assert sock_ops_on(bed.cgroup) == []
+    exchange(near, far, 1)
