@@ -417,12 +417,17 @@ class Dataplane:
         return len(known)
 
     def forget(self, name: str) -> int:
-        """Forget rules and findings about a program (name or id); how many there were."""
+        """Take rules and findings about a program (name or id) back; how many there were.
+
+        Its entry stays: a server that only accepts would not be entered again.
+        """
+        ruled = (0, name.encode()) in self.rules()
         self.set_rule(name, Rule.NONE)
         known = self._known(name)
-        for key, _ in known:
-            libbpf.delete(self.fd("programs"), key)
-        return len(known)
+        for key, program in known:
+            program.active_ns = program.last_seen = program.signs = 0
+            libbpf.update(self.fd("programs"), key, program)
+        return len(known) + ruled
 
     def _tell(self) -> None:
         news = abi.News()

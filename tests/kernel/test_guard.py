@@ -244,9 +244,14 @@ def test_rules_overrule_signs(bed: Bed, plane: MakePlane) -> None:
         if p["id"] == _of(underpass_, client).id
     ]
     assert (listed["verdict"], listed["reason"]) == ("denied", "rule")
+    listener = listen(server, (SERVER4, 8082))  # and does not listen again
     underpass(bed.pins, "guard", "forget", name).ok()
-    assert _of_name(underpass_, name) == []
-    underpass(bed.pins, "guard", "forget", name).failed(1, "forget", name)
+    assert {program.verdict for program in _of_name(underpass_, name)} == {"watched"}
+    near, far = connect(client, (SERVER4, 8082)), listener.accept()
+    _run_until_admitted(underpass_, near, far)
+    underpass(bed.pins, "guard", "deny", "never-seen").ok()
+    underpass(bed.pins, "guard", "forget", "never-seen").ok()
+    underpass(bed.pins, "guard", "forget", "never-seen").failed(1, "forget", "never-seen")
 
 
 def _of_name(plane: Dataplane, name: str) -> list[Program]:
