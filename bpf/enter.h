@@ -126,7 +126,7 @@ static __always_inline struct endpoint *enter(struct bpf_sock_ops *ctx, __u8 rol
 	if (!ep)
 		return 0;
 	tp = bpf_skc_to_tcp_sock(sk);
-	if (tp && BPF_CORE_READ_BITFIELD_PROBED(tp, is_mptcp)) {
+	if (tp && bpf_core_field_exists(tp->is_mptcp) && BPF_CORE_READ_BITFIELD_PROBED(tp, is_mptcp)) {
 		note_sign(program, UP_SIGN_MPTCP);
 		*why = ep->reason = UP_NOT_SUITABLE;
 		return 0;

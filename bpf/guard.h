@@ -238,11 +238,11 @@ static __always_inline void note_sign(__u64 program, __u32 sign)
 /* What the state of a socket says about its program. */
 static __always_inline __u32 signs_of(const struct tcp_sock *tp)
 {
-	const struct sock *sk = &tp->inet_conn.icsk_inet.sk;
+	__u32 signs = READER_SOCK(tp).sk_rcvlowat > 1 ? UP_SIGN_RCVLOWAT : 0;
 
-	return (BPF_CORE_READ(sk, sk_rcvlowat) > 1 ? UP_SIGN_RCVLOWAT : 0) |
-	       (BPF_CORE_READ(tp, inet_conn.icsk_ulp_ops) ? UP_SIGN_ULP : 0) |
-	       (zero_copies(sk) ? UP_SIGN_ZEROCOPY : 0);
+	if (tp->inet_conn.icsk_ulp_ops)
+		signs |= UP_SIGN_ULP;
+	return zero_copies(tp) ? signs | UP_SIGN_ZEROCOPY : signs;
 }
 
 /* An observed program has sent a TCP packet on a local connection: it runs. True while it is to be

@@ -183,21 +183,28 @@ static __always_inline enum up_reason refusal(__u32 of_server)
 	return of_server == UP_OBSERVED || of_server == UP_GUARDED ? of_server : UP_PEER_REFUSED;
 }
 
+/* Has the server's socket stayed outside? Then the client leaves, too. */
+static __always_inline bool server_refused(struct endpoint *ep)
+{
+	struct handshake *shake = bpf_map_lookup_elem(&handshakes, &ep->numbers);
+
+	if (ep->role != UP_CLIENT || !shake || !shake->refused)
+		return false;
+	ep->leave = refusal(shake->refused);
+	return true;
+}
+
 /* The client's first message: has the server's socket been paired meanwhile? */
 static __always_inline bool meet_server(struct endpoint *ep)
 {
 	struct handshake *shake;
 	__u64 server, sock;
 
-	if (ep->role != UP_CLIENT)
+	if (ep->role != UP_CLIENT || server_refused(ep))
 		return false;
 	shake = bpf_map_lookup_elem(&handshakes, &ep->numbers);
 	if (!shake)
 		return false;
-	if (shake->refused) {
-		ep->leave = refusal(shake->refused);
-		return false;
-	}
 	server = *(volatile __u64 *)&shake->server;
 	sock = *(volatile __u64 *)&shake->server_sock;
 	/* An LRU entry may be reused under a reader: ours only if it still names us. (Were a stranger's

@@ -133,10 +133,11 @@ static __always_inline void read_sock_ends(const struct sock *sk, struct up_addr
 	}
 }
 
-/* Did the program ask for MSG_ZEROCOPY (SO_ZEROCOPY)? */
-static __always_inline bool zero_copies(const struct sock *sk)
+/* Did the program ask for MSG_ZEROCOPY (SO_ZEROCOPY)? A direct read: asked with every message. */
+static __always_inline bool zero_copies(const struct tcp_sock *tp)
 {
-	return BPF_CORE_READ(sk, __sk_common.skc_flags) >> bpf_core_enum_value(enum sock_flags, SOCK_ZEROCOPY) & 1;
+	return READER_SOCK(tp).__sk_common.skc_flags >>
+		       bpf_core_enum_value(enum sock_flags, SOCK_ZEROCOPY) & 1;
 }
 
 #endif

@@ -137,7 +137,7 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 	barrier(); /* or clang joins the two pointers with |, which the verifier refuses */
 	if (tp->inet_conn.icsk_ulp_ops)
 		return UP_ULP;
-	if (zero_copies(&tp->inet_conn.icsk_inet.sk))
+	if (zero_copies(tp))
 		return UP_ZEROCOPY;
 	if (r.lowat > 1)
 		return UP_RCVLOWAT;

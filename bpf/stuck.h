@@ -194,6 +194,8 @@ static __always_inline void on_packet(struct bpf_sock_ops *ctx)
 			clear_flags(ctx, BUILD_FLAG);
 		return;
 	}
+	if (!ep->peer.cookie && !ep->leave)
+		server_refused(ep); /* a server that speaks first is acknowledged before we say anything */
 	if (!ep->leave && guarded(ep))
 		wants_out(ep, UP_GUARDED);
 	if (ep->leave == UP_PEER_REFUSED || ep->leave == UP_OBSERVED)

@@ -86,8 +86,9 @@ static __always_inline void release(struct bpf_iter__tcp *ctx)
 
 	tp = skc ? bpf_skc_to_tcp_sock(skc) : 0;
 	ep = tp ? bpf_sk_storage_get(&endpoints, (struct sock *)tp, 0, 0) : 0;
-	if (!ep || !ep->role || psock_of((const struct sock *)tp))
+	if (!ep || (!ep->role && !ep->observed) || psock_of((const struct sock *)tp))
 		return;
+	ep->observed = 0;
 	flags = tp->bpf_sock_ops_cb_flags & ~CLOSE_FLAG;
 	if (!bpf_sk_storage_get(&shared_listeners, (struct sock *)tp, 0, 0))
 		flags &= ~BUILD_FLAG;

@@ -138,19 +138,16 @@ def upgrade(
             )
             _load(pinning.scratch(pins), about, closed=True)
             with contextlib.ExitStack() as undo:
-                undo.callback(pinning.remove, pinning.scratch(pins))
+                undo.callback(_recover, pins)  # before the exchange it clears, after it completes
                 with Dataplane.open(pinning.scratch(pins)) as new:
-                    new.take_over_guard(old)
-                    if settings:
-                        _apply_rules(new.pins, settings)
                     if old.state == "paused":
                         new.set_paused(True)
                     new.attach()
-                pinning.exchange(
-                    pins, pinning.scratch(pins)
-                )  # the new one is in charge from here on
-                undo.pop_all()
-        _complete_upgrade(pins)
+                    new.take_over_guard(old)  # both watch by now: no sign falls in between
+                    if settings:
+                        _apply_rules(new.pins, settings)
+                # the new one is in charge from here on
+                pinning.exchange(pins, pinning.scratch(pins))
         _sweep(pins)
         return sum(_open_pairs(path) for path in retired(pins))
 
@@ -177,12 +174,13 @@ def down(
         left = []
         for path in retired(pins):
             left += _take_down(path, pinning.scratch(pins), timeout, on_progress)
-        if left or not pins.exists():
-            if left and pins.exists():  # it goes last, but takes in nothing more
-                with contextlib.suppress(NotLoaded), Dataplane.open(pins) as plane:
-                    plane.set_draining(True)
+        if not pins.exists():
             return left
-        return _take_down(pins, pinning.scratch(pins), timeout, on_progress)
+        if not left:
+            return _take_down(pins, pinning.scratch(pins), timeout, on_progress)
+        with Dataplane.open(pins) as plane:  # it goes last, but takes in nothing more
+            plane.set_draining(True)
+        return left
 
 
 def drain(plane: Dataplane, timeout: float, on_progress: Callable[[int], None] | None) -> list[str]:
@@ -216,6 +214,7 @@ def pause(pins: Path, paused: bool) -> None:
         UnderpassError: it is draining, or an ``up`` or ``down`` is at work.
     """
     with Dataplane.open(pins) as plane, pinning.locked(pins, 1.0):
+        _recover(pins)
         if plane.state == "draining":
             act, step = "pause" if paused else "resume", "run `underpass down` to finish"
             raise UnderpassError(act, pins, "it is draining", step)

@@ -403,13 +403,13 @@ class Dataplane:
         Returns:
             How many known programs it is about.
         """
-        known = self._known(name)
-        ids = [key for key, _ in known if programs.id_of(key.value) == name]
+        ids = [key for key, _ in self._known(name) if programs.id_of(key.value) == name]
         at = abi.RuleKey(program=ids[0].value) if ids else abi.RuleKey(name=name.encode())
         if rule == Rule.NONE:
             libbpf.delete(self.fd("rules"), at)
         else:
             libbpf.update(self.fd("rules"), at, abi.u32(rule))
+        known = self._known(name)  # after the rule is there: who comes now finds it
         for key, program in known:
             program.rule = rule
             libbpf.update(self.fd("programs"), key, program)

@@ -151,13 +151,28 @@ def test_programs_are_watched_before_they_are_admitted(bed: Bed, plane: MakePlan
     near, far = couple(client, server, TO)
     assert not _carried(underpass, near, far)
     assert underpass.counters().refused_total["observed"] > 0
-    assert _of(underpass, client).verdict == "watched"
     near.close()
     far.close()
     near, far = couple(client, server, TO)
     _run_until_admitted(underpass, near, far)
     again = couple(client, server, (SERVER4, 8081))
     assert _carried(underpass, *again)
+
+
+def test_a_watched_server_that_speaks_first(bed: Bed, plane: MakePlane) -> None:
+    """Claim: an admitted client of a watched server leaves the map before it says anything."""
+    underpass_ = plane(SOON, watch=True)
+    client, _ = _admit(underpass_, bed)
+    near, far = couple(client, bed.worker("server"), (SERVER4, 8081))
+    far.send(1, MESSAGE)
+    near.receive(1, MESSAGE)
+
+    def left() -> bool:
+        return underpass_.endpoints() == []
+
+    wait_until(left, "the client leaves the map")
+    near.send(2, MESSAGE)
+    far.receive(2, MESSAGE)
 
 
 def test_an_idle_program_is_not_admitted_by_time(bed: Bed, plane: MakePlane) -> None:
@@ -167,6 +182,7 @@ def test_an_idle_program_is_not_admitted_by_time(bed: Bed, plane: MakePlane) -> 
     near, far = couple(client, server, TO)
     exchange(near, far, _STREAM)
     assert _of(underpass, server).observed_seconds < 2
+    assert {_of(underpass, end).verdict for end in (client, server)} == {"watched"}
 
 
 @pytest.mark.parametrize("sign", USES, ids=lambda sign: sign.words[0])

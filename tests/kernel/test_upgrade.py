@@ -16,7 +16,7 @@ from tests.kernel.kernel_objects import attach_foreign_sock_ops, sock_ops_on, wa
 from tests.kernel.remote import connect, couple, exchange, listen
 from tests.kernel.traffic import Load
 from tests.kernel.waiting import wait_until
-from underpass import dataplane
+from underpass import dataplane, pinning
 from underpass.dataplane import Dataplane
 from underpass.errors import UnderpassError
 from underpass.model import Settings
@@ -238,3 +238,26 @@ def test_down_waits_for_every_generation(bed: Bed) -> None:
     assert list(BPFFS.glob(f"{bed.name}*")) == []
     assert sock_ops_on(bed.cgroup) == []
     exchange(near, far, 1)
+
+
+def test_an_interrupt_right_after_the_exchange(
+    bed: Bed, plane: MakePlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Claim: Ctrl-C at the worst moment completes the upgrade: old pairs and new ones are carried."""
+    plane()
+    old = couple(bed.worker("client"), bed.worker("server"), (SERVER4, 8080))
+    exchange(*old, 1)
+    real = pinning.exchange
+
+    def interrupted(one: Path, other: Path) -> None:
+        real(one, other)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pinning, "exchange", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        dataplane.upgrade(bed.pins)
+    before = _carried(bed.pins)
+    exchange(*old, 1, rounds=1)
+    exchange(*couple(old[0].worker, old[1].worker, (SERVER4, 8081)), 1, rounds=1)
+    assert _carried(bed.pins) == before + 4
+    assert _pairs(bed.pins) == [1, 1]
