@@ -243,7 +243,7 @@ def test_down_waits_for_every_generation(bed: Bed) -> None:
 def test_an_interrupt_right_after_the_exchange(
     bed: Bed, plane: MakePlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: Ctrl-C at the worst moment completes the upgrade: old pairs and new ones are carried."""
+    """Claim: Ctrl-C at the worst moment completes the upgrade; old and new pairs are carried."""
     plane()
     old = couple(bed.worker("client"), bed.worker("server"), (SERVER4, 8080))
     exchange(*old, 1)
