@@ -183,14 +183,19 @@ static __always_inline enum up_reason refusal(__u32 of_server)
 	return of_server == UP_OBSERVED || of_server == UP_GUARDED ? of_server : UP_PEER_REFUSED;
 }
 
-/* Has the server's socket stayed outside? Then the client leaves, too. */
+/* Has the server's socket stayed outside, or left before we met it? Then the client leaves, too. One
+ * that was in the map may have redirected to us: that has to arrive and to be read first. */
 static __always_inline bool server_refused(struct endpoint *ep)
 {
 	struct handshake *shake = bpf_map_lookup_elem(&handshakes, &ep->numbers);
 
 	if (ep->role != UP_CLIENT || !shake || !shake->refused)
 		return false;
-	ep->leave = refusal(shake->refused);
+	if (!ep->leave) {
+		wants_out(ep, refusal(shake->refused));
+		if (!shake->server)
+			ep->gone_at = 0; /* it never was: nothing to wait for */
+	}
 	return true;
 }
 

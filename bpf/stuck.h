@@ -174,6 +174,13 @@ static __always_inline bool redirects(const struct sock *sk)
 	return inside(sk) - (BPF_CORE_READ(sk, sk_lock.owned) ? 1 : 0) > sleepers(sk);
 }
 
+/* Nothing redirected waits or is under way, either way: a thread of ours would be hidden from the peer
+ * once our psock is gone. If not, a later packet is the moment to leave. */
+static __always_inline bool settled(const struct endpoint *ep, const struct sock *sk)
+{
+	return !has_unread(sk) && !more_may_come(ep) && !redirects(sk);
+}
+
 static __always_inline void on_packet(struct bpf_sock_ops *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
@@ -198,16 +205,11 @@ static __always_inline void on_packet(struct bpf_sock_ops *ctx)
 		server_refused(ep); /* a server that speaks first is acknowledged before we say anything */
 	if (!ep->leave && guarded(ep))
 		wants_out(ep, UP_GUARDED);
-	if (ep->leave == UP_PEER_REFUSED || ep->leave == UP_OBSERVED)
-		return leave(ctx, ep, tp, ep->leave);
 	set_buffer(ctx, ep, tp, ep->held);
 	if (CTX(state) == BPF_TCP_FIN_WAIT1) /* its FIN: a moment later, perhaps a better one */
 		return half_close(ctx, ep);
 	now = bpf_ktime_get_ns();
-	/* A thread of the peer may still bring what was decided before, and one of ours would be hidden from
-	 * the peer once our psock is gone: then a later packet is the moment. */
-	if (ep->leave && now - ep->gone_at > PATIENCE_NS && !has_unread((const struct sock *)tp) &&
-	    !more_may_come(ep) && !redirects((const struct sock *)tp))
+	if (ep->leave && now - ep->gone_at > PATIENCE_NS && settled(ep, (const struct sock *)tp))
 		return leave(ctx, ep, tp, ep->leave);
 	copied = tp->copied_seq;
 	if (tp->rcv_nxt == copied) {
@@ -226,7 +228,7 @@ static __always_inline void on_packet(struct bpf_sock_ops *ctx)
 		ep->seen_at = now;
 		return;
 	}
-	if (now - ep->seen_at >= PATIENCE_NS)
+	if (now - ep->seen_at >= PATIENCE_NS && settled(ep, (const struct sock *)tp))
 		leave(ctx, ep, tp, UP_READER_STUCK);
 }
 

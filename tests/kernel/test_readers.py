@@ -95,3 +95,17 @@ def test_shortcut_readers_sleep_through(
     """Claim: the same with the shortcut. A known limit: no stream is wrong, but recv fails once."""
     plane()
     disturb(*_coupled(bed))
+
+
+def test_what_a_server_sent_before_it_left_is_read(bed: Bed, plane: MakePlane) -> None:
+    """Claim: a client that has not read nor said anything keeps what a half-closed server sent."""
+    underpass = plane()
+    near, far = couple(bed.worker("client"), bed.worker("server"), (SERVER4, 8080))
+    far.send(1, 200 * KIB)
+    assert underpass.counters().shortcut_bytes_total >= 200 * KIB
+    far.shut()  # the server leaves the map, before its client has met it
+    for _ in range(3):
+        near.send(2, 10)
+        far.receive(2, 10)
+    near.receive(1, 200 * KIB)
+    near.expect_eof()
