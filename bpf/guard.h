@@ -5,7 +5,8 @@
  * the state of its sockets, and is remembered under the program's identity.
  *
  * Identity: name, size and time of change of the executable, the same in every container of an image;
- * of an interpreter also its arguments. Key 0 = cannot tell, which is never admitted while we watch. */
+ * of an interpreter also its arguments. Key 0 = cannot tell, which is never admitted while we watch:
+ * 32-bit programs are such, since their system calls have other numbers. */
 #ifndef UNDERPASS_GUARD_H
 #define UNDERPASS_GUARD_H
 
@@ -20,6 +21,8 @@
 #define S_IFSOCK 0140000
 #define IPPROTO_TCP 6
 #define IPPROTO_MPTCP 262
+#define TS_COMPAT 2            /* x86: set on entry by int 0x80 and its like */
+#define TIF_32BIT (1ul << 22)  /* arm64 */
 
 #define NAME_SIZE 32 /* of up_program.name */
 #define PAUSE_NS 1000000000ull /* a longer silence counts as this much of running */
@@ -42,13 +45,13 @@ struct {
 	__type(value, __u32); /* enum up_rule */
 } rules SEC(".maps");
 
-/* Where a program listens -> its key. Written by LISTEN, by user space for listeners that stood before,
- * and by up_watch if another program serves what it accepted. LRU: the owner is then unknown. */
+/* Where a program listens -> who serves there. Written by LISTEN, by user space for listeners
+ * that stood before, and by up_watch if another program accepts. LRU: the owner is then unknown. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 16384);
 	__type(key, struct up_place);
-	__type(value, __u64);
+	__type(value, struct up_owner);
 } owners SEC(".maps");
 
 /* Cookies of sockets in the map that were used as they must not be, whoever owns them. */
@@ -127,6 +130,16 @@ static __always_inline void read_name(char *name, const struct file *exe)
 	bpf_probe_read_kernel_str(name, NAME_SIZE, BPF_CORE_READ(exe, f_path.dentry, d_name.name));
 }
 
+/* Is the calling task in a system call of 32 bits (x86), or its program made for 32 (arm64)? */
+static __always_inline bool narrow_call(void)
+{
+	const struct task_struct *task = (const void *)bpf_get_current_task();
+
+	if (bpf_core_field_exists(task->thread_info.status))
+		return BPF_CORE_READ(task, thread_info.status) & TS_COMPAT;
+	return BPF_CORE_READ(task, thread_info.flags) & TIF_32BIT;
+}
+
 /* The key of the calling task's program; 0 = cannot tell. */
 static __noinline __u64 identify(void)
 {
@@ -136,7 +149,7 @@ static __noinline __u64 identify(void)
 	const struct inode *inode;
 	int i, part;
 
-	if (!exe)
+	if (!exe || narrow_call())
 		return 0;
 	inode = BPF_CORE_READ(exe, f_inode);
 	read_name((char *)words, exe);
@@ -204,7 +217,8 @@ static __noinline __u64 current_program(void)
 	return key;
 }
 
-/* May its connections take the shortcut? UP_SHORTCUT, UP_OBSERVED or UP_GUARDED. */
+/* May its connections take the shortcut? UP_SHORTCUT, UP_OBSERVED or UP_GUARDED. One that had to make
+ * room in the list waits until it is met again: there may be a rule for it. */
 static __always_inline enum up_reason admitted(__u64 program)
 {
 	struct up_program *p = program ? bpf_map_lookup_elem(&programs, &program) : 0;
@@ -213,6 +227,8 @@ static __always_inline enum up_reason admitted(__u64 program)
 		return UP_SHORTCUT;
 	if (p && (p->signs || p->rule == UP_DENY))
 		return UP_GUARDED;
+	if (program && !p)
+		return UP_OBSERVED;
 	if (knobs.observe_ns && (!p || p->active_ns < knobs.observe_ns))
 		return UP_OBSERVED;
 	return UP_SHORTCUT;
@@ -286,11 +302,11 @@ static __always_inline void wants_out(struct endpoint *ep, enum up_reason reason
 	ep->leave = reason;
 }
 
-/* Who serves what arrives at this end: the listener bound to the very address, else to any. */
-static __always_inline __u64 *owner_of(__u64 netns, const struct up_address *local)
+/* Who serves what arrives at this end: who listens at the very address, else at any. */
+static __always_inline struct up_owner *owner_of(__u64 netns, const struct up_address *local)
 {
 	struct up_place place = {.netns = netns, .at = *local};
-	__u64 *owner = bpf_map_lookup_elem(&owners, &place);
+	struct up_owner *owner = bpf_map_lookup_elem(&owners, &place);
 
 	if (owner)
 		return owner;
@@ -302,6 +318,27 @@ static __always_inline __u64 *owner_of(__u64 netns, const struct up_address *loc
 	}
 	place.at.ip[2] = 0;
 	return bpf_map_lookup_elem(&owners, &place);
+}
+
+/* The same for the local end of `sk`, which need not be the caller's to lock. */
+static __always_inline struct up_owner *owner_at(const struct sock *sk)
+{
+	struct up_address local = {}, remote;
+
+	read_sock_ends(sk, &local, &remote);
+	return owner_of(BPF_CORE_READ(sk, __sk_common.skc_net.net, net_cookie), &local);
+}
+
+/* Who accepts is who reads, and may not be who listened: the listener may have been handed on. `listened`
+ * is whose verdict let the accepted socket `sk` into the map; may it stay? */
+static __noinline enum up_reason acceptor(const struct sock *sk, __u64 *listened)
+{
+	struct up_owner *owner = owner_at(sk);
+
+	if (!owner || owner->program == *listened)
+		return UP_SHORTCUT;
+	*listened = owner->program;
+	return admitted(*listened);
 }
 
 #endif

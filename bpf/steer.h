@@ -130,6 +130,8 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 	look(ep->peer_sock, &r);
 	if (r.cookie != ep->peer.cookie && !fault(UP_FAULT_STALE_PEER))
 		return UP_PEER_GONE;
+	if (!server_accepted(ep))
+		return UP_UNPAIRED;
 	if (r.shutdown) /* one that has shut down its own side leaves the map: see half_close() */
 		return UP_CLOSING;
 	if (r.ulp)

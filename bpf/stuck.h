@@ -110,7 +110,7 @@ static __always_inline void leave(struct bpf_sock_ops *ctx, struct endpoint *ep,
 		bpf_setsockopt(ctx, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat));
 }
 
-/* The client has spoken by TCP and knows of no server yet, so it has redirected nothing to us. */
+/* The client has spoken by TCP and knows of no server yet that was accepted: it has redirected nothing to us. */
 static __always_inline bool tcp_came_first(const struct endpoint *ep)
 {
 	return ep->role == UP_SERVER && bpf_map_lookup_elem(&handshakes, &ep->numbers);
@@ -186,6 +186,7 @@ static __always_inline void on_packet(struct bpf_sock_ops *ctx)
 	struct bpf_sock *sk = ctx->sk;
 	struct tcp_sock *tp;
 	struct endpoint *ep;
+	enum up_reason why;
 	__u32 copied;
 	__u64 now;
 
@@ -203,6 +204,12 @@ static __always_inline void on_packet(struct bpf_sock_ops *ctx)
 	}
 	if (!ep->peer.cookie && !ep->leave)
 		server_refused(ep); /* a server that speaks first is acknowledged before we say anything */
+	if (!ep->accepted && ep->role == UP_SERVER && tp->inet_conn.icsk_inet.sk.sk_socket) {
+		why = acceptor((const struct sock *)tp, &ep->program);
+		ep->accepted = 1;
+		if (why != UP_SHORTCUT && !ep->leave)
+			wants_out(ep, why);
+	}
 	if (!ep->leave && guarded(ep))
 		wants_out(ep, UP_GUARDED);
 	set_buffer(ctx, ep, tp, ep->held);

@@ -4,14 +4,14 @@
 #ifndef UNDERPASS_H
 #define UNDERPASS_H
 
-#define UP_ABI 2
+#define UP_ABI 3
 
 /* Why a message took its path, or why a connection did not become a pair.
  * The metric labels, the CLI's words and the docs come from this one list: name, word. */
 #define UP_REASONS(X)                                                                                \
 	X(SHORTCUT, "shortcut")                   /* the message went by the shortcut */                  \
 	X(NO_MESSAGE, "no-message-yet")           /* the direction has not sent anything */               \
-	X(UNPAIRED, "unpaired")                   /* the other end has not finished its handshake yet */  \
+	X(UNPAIRED, "unpaired")                   /* the other end is not known, or not accepted, yet */  \
 	X(TCP_UNREAD, "tcp-unread")               /* the gate: bytes sent by TCP are not consumed yet */  \
 	X(READER_WAITS, "reader-waits-for-tcp")   /* a reader sleeps inside native recv (MSG_WAITALL) */  \
 	X(BUDGET_BYTES, "budget-bytes")           /* too many bytes wait unread in this direction */      \
@@ -63,6 +63,7 @@ enum up_fault {
 	UP_FAULT_BLIND_READER = 1 << 6, /* rule 2: do not look for readers asleep in native recv */
 	UP_FAULT_ACKED_GATE = 1 << 7,   /* rule 2: take "acknowledged" for "consumed" */
 	UP_FAULT_STALE_PEER = 1 << 8,   /* rule 1: a socket is its address in memory, whoever has it now */
+	UP_FAULT_LISTENER_DECIDES = 1 << 10, /* guard: ask who listened, not who accepts */
 };
 
 /* What a program was seen to use that the shortcut cannot serve: name, bit, word. */
@@ -106,6 +107,7 @@ struct up_knobs {
 	__u64 observe_ns;       /* how long a program must have run before it is admitted, 0 = at once */
 	struct up_calls {       /* this architecture's numbers of the system calls that are watched */
 		__u32 splice, recvfrom, recvmsg, recvmmsg, sendto, sendmsg, sendmmsg, getsockopt;
+		__u32 accept, accept4;
 	} calls;
 };
 
@@ -165,6 +167,12 @@ struct up_place {
 	__u64 netns; /* cookie */
 	struct up_address at;
 	__u32 pad;
+};
+
+/* Who serves at a place. */
+struct up_owner {
+	__u64 program;  /* key; 0 = unknown */
+	__u64 accepts;  /* 1 = it has been seen to accept here, so that it is no mere holder of the socket */
 };
 
 /* The one element of map `news`. */

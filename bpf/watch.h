@@ -40,6 +40,8 @@ static __always_inline __u32 writing(__u64 flags)
 	return (flags & MSG_OOB ? UP_SIGN_OOB : 0) | (flags & MSG_ZEROCOPY ? UP_SIGN_ZEROCOPY : 0);
 }
 
+#define ACCEPTS (1u << 31) /* no sign of anything: the call accepts */
+
 /* The signs that a call gives, if it is on a TCP socket; 0 for nearly all. */
 static __always_inline __u32 signs_of_call(const void *regs, __u64 call, __u64 *fd)
 {
@@ -48,9 +50,13 @@ static __always_inline __u32 signs_of_call(const void *regs, __u64 call, __u64 *
 
 	if (call != knobs.calls.recvfrom && call != knobs.calls.recvmsg && call != knobs.calls.recvmmsg &&
 	    call != knobs.calls.sendto && call != knobs.calls.sendmsg && call != knobs.calls.sendmmsg &&
-	    call != knobs.calls.splice && call != knobs.calls.getsockopt)
+	    call != knobs.calls.splice && call != knobs.calls.getsockopt &&
+	    call != knobs.calls.accept && call != knobs.calls.accept4)
 		return 0;
 	read_arguments(regs, &a);
+	*fd = a.first;
+	if (call == knobs.calls.accept || call == knobs.calls.accept4)
+		return ACCEPTS;
 	if (call == knobs.calls.splice)
 		signs = UP_SIGN_SPLICE;
 	else if (call == knobs.calls.getsockopt)
@@ -61,7 +67,6 @@ static __always_inline __u32 signs_of_call(const void *regs, __u64 call, __u64 *
 		signs = reading(a.third);
 	else
 		signs = writing(call == knobs.calls.sendmsg ? a.third : a.fourth);
-	*fd = a.first;
 	return signs;
 }
 
@@ -86,16 +91,29 @@ static __always_inline const struct sock *tcp_socket(__u64 fd)
 	return protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP ? sk : 0;
 }
 
-/* What `sk` accepted is served by `program`, whoever listened (as systemd does for others). */
-static __always_inline void served_by(const struct sock *sk, __u64 program)
-{
-	struct up_address local = {}, remote;
-	__u64 *owner;
+static const struct up_owner nobody_yet;
 
-	read_sock_ends(sk, &local, &remote);
-	owner = owner_of(BPF_CORE_READ(sk, __sk_common.skc_net.net, net_cookie), &local);
-	if (owner && *owner != program)
-		*owner = program;
+/* `program` serves at the local end of `sk`, whoever listened (as systemd does for others). Where several
+ * do, one that is not admitted has the last word. */
+static __noinline void served_by(const struct sock *sk, __u64 program)
+{
+	struct up_place place = {};
+	struct up_address remote;
+	struct up_owner *owner;
+
+	owner = owner_at(sk);
+	if (!owner && BPF_CORE_READ(sk, __sk_common.skc_state) == BPF_TCP_LISTEN) {
+		place.netns = BPF_CORE_READ(sk, __sk_common.skc_net.net, net_cookie);
+		read_sock_ends(sk, &place.at, &remote);
+		bpf_map_update_elem(&owners, &place, &nobody_yet, BPF_NOEXIST); /* it had made room */
+		owner = owner_at(sk);
+	}
+	if (!owner)
+		return;
+	if (owner->program != program && (!owner->accepts || admitted(program) != UP_SHORTCUT))
+		owner->program = program;
+	if (!owner->accepts)
+		owner->accepts = 1;
 }
 
 static __always_inline void watch(const void *regs, __u64 call)
@@ -110,6 +128,8 @@ static __always_inline void watch(const void *regs, __u64 call)
 	if (!sk || !covered(sk))
 		return;
 	program = current_program();
+	if (signs == ACCEPTS)
+		return served_by(sk, program);
 	if (allowed(program))
 		return;
 	if (program) {

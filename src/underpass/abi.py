@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from underpass.model import Reason
 
-ABI = 2
+ABI = 3
 REASONS = len(Reason)
 
 u8, u32, u64 = ctypes.c_uint8, ctypes.c_uint32, ctypes.c_uint64
@@ -26,7 +26,7 @@ class Calls(ctypes.Structure):
         (name, u32)
         for name in (
             "splice", "recvfrom", "recvmsg", "recvmmsg", "sendto", "sendmsg", "sendmmsg",
-            "getsockopt",
+            "getsockopt", "accept", "accept4",
         )
     ]  # fmt: skip
 
@@ -126,6 +126,12 @@ class Place(ctypes.Structure):
     """``struct up_place``."""
 
     _fields_ = [("netns", u64), ("at", Address), ("pad", u32)]
+
+
+class Owner(ctypes.Structure):
+    """``struct up_owner``."""
+
+    _fields_ = [("program", u64), ("accepts", u64)]
 
 
 class News(ctypes.Structure):

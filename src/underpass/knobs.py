@@ -12,8 +12,8 @@ from underpass.model import Fault, Settings
 
 #: Numbers of the system calls that tell of a program, by machine: the fields of `abi.Calls`.
 _CALLS = {
-    "x86_64": (275, 45, 47, 299, 44, 46, 307, 55),
-    "aarch64": (76, 207, 212, 243, 206, 211, 269, 209),
+    "x86_64": (275, 45, 47, 299, 44, 46, 307, 55, 43, 288),
+    "aarch64": (76, 207, 212, 243, 206, 211, 269, 209, 202, 242),
 }
 
 

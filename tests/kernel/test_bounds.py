@@ -12,7 +12,7 @@ from tests.kernel.fixtures import MakePlane
 from tests.kernel.memory import held_bytes
 from tests.kernel.remote import Remote, couple, exchange
 from underpass.model import Fault, Settings
-from underpass.torture.patience import patient
+from underpass.torture.patience import SLOW, patient
 from underpass.torture.plans import KIB, MIB
 
 MOST = 128 * MIB
@@ -57,6 +57,8 @@ def test_stalled_reader_stops_the_sender(
     bed: Bed, plane: MakePlane, measured: Callable[[str], None], write: int
 ) -> None:
     """Claim: at most 1.5 budgets are taken, in bytes and in memory; then all is delivered."""
+    if write == 1 and SLOW > 1:
+        pytest.skip("some five million calls: half an hour under emulation")
     underpass = plane()
     native = _native(bed, write)
     ends = bed.worker("client"), bed.worker("server")
