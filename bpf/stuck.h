@@ -178,7 +178,9 @@ static __always_inline bool redirects(const struct sock *sk)
  * once our psock is gone. If not, a later packet is the moment to leave. */
 static __always_inline bool settled(const struct endpoint *ep, const struct sock *sk)
 {
-	return !has_unread(sk) && !more_may_come(ep) && !redirects(sk);
+	if (has_unread(sk))
+		return false;
+	return fault(UP_FAULT_UNSETTLED) || (!more_may_come(ep) && !redirects(sk));
 }
 
 static __always_inline void on_packet(struct bpf_sock_ops *ctx)

@@ -63,6 +63,7 @@ enum up_fault {
 	UP_FAULT_BLIND_READER = 1 << 6, /* rule 2: do not look for readers asleep in native recv */
 	UP_FAULT_ACKED_GATE = 1 << 7,   /* rule 2: take "acknowledged" for "consumed" */
 	UP_FAULT_STALE_PEER = 1 << 8,   /* rule 1: a socket is its address in memory, whoever has it now */
+	UP_FAULT_UNSETTLED = 1 << 9,    /* leave: do not ask whether a redirect is under way */
 	UP_FAULT_LISTENER_DECIDES = 1 << 10, /* guard: ask who listened, not who accepts */
 };
 

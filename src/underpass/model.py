@@ -92,6 +92,7 @@ class Fault(enum.IntFlag):
     BLIND_READER = 1 << 6
     ACKED_GATE = 1 << 7
     STALE_PEER = 1 << 8
+    UNSETTLED = 1 << 9
     LISTENER_DECIDES = 1 << 10
 
 

@@ -27,7 +27,8 @@ _DEADLINE = patient(20.0)
 IN_SYN = 1000
 """Bytes that a fast open sends ahead."""
 _CLONE_NEWNET = 0x40000000
-_RECVFROM = "45" if platform.machine() == "x86_64" else "207"
+_X86 = platform.machine() == "x86_64"
+_RECVFROM, _SENDTO, _SHUTDOWN = ("45", "44", "48") if _X86 else ("207", "206", "210")
 ROUND = 4096
 """Bytes that `exchange` sends each way in a round."""
 
@@ -82,10 +83,21 @@ class Remote:
 
     def sleeps_in_recv(self) -> bool:
         """Whether a thread of the worker is inside a recv call on this socket now."""
+        return self._sleeps_in(_RECVFROM)
+
+    def sleeps_in_send(self) -> bool:
+        """Whether a thread of the worker is inside a send call on this socket now."""
+        return self._sleeps_in(_SENDTO)
+
+    def sleeps_in_shutdown(self) -> bool:
+        """Whether a thread of the worker is inside a shutdown call on this socket now."""
+        return self._sleeps_in(_SHUTDOWN)
+
+    def _sleeps_in(self, call: str) -> bool:
         for task in Path(f"/proc/{self.worker.pid}/task").iterdir():
             with contextlib.suppress(OSError):
                 number, *arguments = (task / "syscall").read_text().split()
-                if number == _RECVFROM and int(arguments[0], 16) == self.number:
+                if number == call and int(arguments[0], 16) == self.number:
                     return True
         return False
 
@@ -118,7 +130,11 @@ class Remote:
 
     def shut(self) -> None:
         """Half-close: shutdown(SHUT_WR)."""
-        self.worker.call(_shut, self.number)
+        self.submit_shut().result(CALL_DEADLINE)
+
+    def submit_shut(self) -> Future[None]:
+        """Begin to half-close as `shut` does."""
+        return self.worker.submit(_shut, self.number)
 
     def expect_eof(self) -> None:
         """Fail unless the next thing that comes is EOF."""
