@@ -123,14 +123,19 @@ static __always_inline bool tcp_came_first(const struct endpoint *ep)
  * flag, then it is inside tcp_bpf_sendmsg and awake. */
 static __always_inline void half_close(struct bpf_sock_ops *ctx, struct endpoint *ep)
 {
-	const struct sock *peer = (const void *)ep->peer_sock;
+	const struct sock *peer = (const void *)ep->peer_sock, *own;
 	struct bpf_sock *sk = ctx->sk;
 	struct tcp_sock *tp;
 
 	tp = sk ? bpf_skc_to_tcp_sock(sk) : 0;
-	if (!tp || !psock_of((const struct sock *)tp) || has_unread((const struct sock *)tp))
+	own = (const struct sock *)tp;
+	if (!tp || !psock_of(own) || has_unread(own))
 		return;
 	if (peer && inside(peer) > sleepers(peer))
+		return;
+	/* There a reader asleep in native recv hides the sender, and so does having left the map. Here
+	 * neither does: it holds our psock while it waits for our lock. Who shuts us down does not. */
+	if (inside(own) > sleepers(own) && !fault(UP_FAULT_UNSETTLED))
 		return;
 	leave(ctx, ep, tp, UP_HALF_CLOSED);
 }

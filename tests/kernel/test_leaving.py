@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,15 +12,18 @@ import pytest
 from tests.kernel.absent import absent_page, why_not
 from tests.kernel.bed import SERVER4, Bed
 from tests.kernel.fixtures import MakePlane
-from tests.kernel.remote import Remote, couple, exchange
+from tests.kernel.remote import Remote, begin_connect, connect, couple, exchange, listen
 from tests.kernel.waiting import wait_until
 from underpass.generation import Dataplane
 from underpass.model import Fault, Rule
 from underpass.torture.content import WrongBytesError
 from underpass.torture.patience import patient
 
+ADDRESS = (SERVER4, 8080)
 SIZE = 100
 _TCP_INFO_PROBES = 3
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 
 def _probes(end: Remote) -> int:
@@ -27,29 +32,31 @@ def _probes(end: Remote) -> int:
 
 
 def _send_probes(end: Remote, count: int) -> None:
-    for option, value in ((socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1)):
-        end.set_option(socket.IPPROTO_TCP, option, value)
+    for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
+        end.set_option(socket.IPPROTO_TCP, option, 1)
     end.set_option(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     wait_until(lambda: _probes(end) >= count, f"{count} probes are sent")
 
 
-def _leave_under_a_redirect(bed: Bed, underpass: Dataplane) -> None:
-    """A message sleeps on its way while first its sender, then its receiver could leave."""
-    near, far = couple(bed.worker("client"), bed.worker("server"), (SERVER4, 8080))
-    exchange(near, far, 1)
-    page = absent_page(far.worker)
+@contextlib.contextmanager
+def _redirect_under_way(underpass: Dataplane, near: Remote, far: Remote) -> Iterator[None]:
+    """Meanwhile a message sleeps between the sockets, behind a shutdown of the one it goes to.
+
+    Both wait for the lock of `far`, whose reader holds it and sleeps for a page of its memory. They
+    get it in this order, and before anything is read again. At the end all has to have arrived.
+    """
     before = underpass.counters().shortcut_messages_total
+    page = absent_page(far.worker)
     near.send(1, SIZE)
     reading = page.submit_read(far, 1, SIZE)
     try:
-        page.wait_touched()  # from now on the reader owns its socket
+        page.wait_touched()
         shutting = far.submit_shut()
-        wait_until(far.sleeps_in_shutdown, "a thread waits for the socket to shut it down")
+        wait_until(far.sleeps_in_shutdown, "a thread waits to shut the socket down")
         sending = near.submit_send(1, SIZE)
-        wait_until(near.sleeps_in_send, "and behind it another to bring a message")
+        wait_until(near.sleeps_in_send, "behind it, another waits to bring a message")
         assert underpass.counters().shortcut_messages_total == before + 2
-        underpass.set_rule(Path("/proc/self/exe").readlink().name, Rule.DENY)
-        _send_probes(near, 2)  # with the first it learns of the rule, with the second it may leave
+        yield
         assert not sending.done()
     finally:
         page.provide()
@@ -57,25 +64,57 @@ def _leave_under_a_redirect(bed: Bed, underpass: Dataplane) -> None:
         step.result(patient(20))
     near.send(1, SIZE)
     far.receive(1, 2 * SIZE, deadline=patient(3))
+
+
+def _denied(bed: Bed, underpass: Dataplane) -> None:
+    """The sender's program is denied: first the sender could leave, then the receiver."""
+    near, far = couple(bed.worker("client"), bed.worker("server"), ADDRESS)
+    exchange(near, far, 1)
+    with _redirect_under_way(underpass, near, far):
+        underpass.set_rule(Path("/proc/self/exe").readlink().name, Rule.DENY)
+        # with the first it learns of the rule, with the second it has been patient enough
+        _send_probes(near, 2)
     near.expect_eof()
+    wait_until(lambda: underpass.endpoints() == [], "both leave, now that it has arrived")
 
 
-needs_absent_pages = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+def _beside_an_early_reader(bed: Bed, underpass: Dataplane) -> None:
+    """A reader that sleeps in native recv seems to be the sender's thread: the receiver leaves."""
+    client, server = bed.worker("client"), bed.worker("server")
+    listener = listen(server, ADDRESS, backlog=0)
+    connect(client, ADDRESS)  # fills the queue
+    near = begin_connect(client, ADDRESS)
+    reading = near.submit_read(2, SIZE, patient(20))
+    wait_until(near.sleeps_in_recv, "the reader sleeps")
+    listener.accept()
+    far = listener.accept()
+    for _ in range(3):
+        near.send(1, SIZE)
+        far.receive(1, SIZE)
+    with _redirect_under_way(underpass, near, far):
+        pass
+    with pytest.raises(EOFError):
+        reading.result(patient(20))
 
 
-@needs_absent_pages
-def test_nobody_leaves_while_a_redirect_is_under_way(bed: Bed, plane: MakePlane) -> None:
-    """Claim: a message whose program is denied while it sleeps on its way arrives, in order."""
-    underpass = plane()
-    _leave_under_a_redirect(bed, underpass)
-    wait_until(lambda: underpass.endpoints() == [], "both leave once it has arrived")
+SEQUENCES = pytest.mark.parametrize("sequence", [_denied, _beside_an_early_reader])
 
 
-@needs_absent_pages
-def test_the_check_catches_one_that_leaves_too_soon(bed: Bed, plane: MakePlane) -> None:
+@SEQUENCES
+def test_nobody_leaves_while_a_redirect_is_under_way(
+    bed: Bed, plane: MakePlane, sequence: Callable[[Bed, Dataplane], None]
+) -> None:
+    """Claim: a message that sleeps on its way as its ends could leave arrives, in order."""
+    sequence(bed, plane())
+
+
+@SEQUENCES
+def test_the_check_catches_one_that_leaves_too_soon(
+    bed: Bed, plane: MakePlane, sequence: Callable[[Bed, Dataplane], None]
+) -> None:
     """Claim: when nobody asks whether a redirect is under way, the check above fails."""
     underpass = plane(faults=Fault.UNSETTLED)
     with pytest.raises(WrongBytesError):
-        _leave_under_a_redirect(bed, underpass)
+        sequence(bed, underpass)
     left = underpass.counters().refused_total
-    assert (left["guarded"], left["half-closed"]) == (1, 1)
+    assert (left["guarded"], left["half-closed"]) == (sequence is _denied, 1)
