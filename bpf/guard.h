@@ -45,13 +45,13 @@ struct {
 	__type(value, __u32); /* enum up_rule */
 } rules SEC(".maps");
 
-/* Where a program listens -> who serves there. Written by LISTEN, by user space for listeners
+/* Where a program listens -> the key of who serves there. Written by LISTEN, by user space for listeners
  * that stood before, and by up_watch if another program accepts. LRU: the owner is then unknown. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 16384);
 	__type(key, struct up_place);
-	__type(value, struct up_owner);
+	__type(value, __u64);
 } owners SEC(".maps");
 
 /* Cookies of sockets in the map that were used as they must not be, whoever owns them. */
@@ -241,6 +241,14 @@ static __always_inline bool allowed(__u64 program)
 	return p && p->rule == UP_ALLOW;
 }
 
+/* Does it accept itself where it listens? Else it may hand its listeners on to a program never seen. */
+static __always_inline bool serves_itself(__u64 program)
+{
+	struct up_program *p = program ? bpf_map_lookup_elem(&programs, &program) : 0;
+
+	return !knobs.observe_ns || (p && (p->rule == UP_ALLOW || (p->accepts && !p->hands_on)));
+}
+
 static __always_inline void note_sign(__u64 program, __u32 sign)
 {
 	struct up_program *p = program ? bpf_map_lookup_elem(&programs, &program) : 0;
@@ -284,15 +292,27 @@ static __always_inline bool ran(__u64 program, const struct tcp_sock *tp)
 static __always_inline bool guarded(struct endpoint *ep)
 {
 	struct up_news *n = latest();
+	__u32 *use;
 
 	if (!n || ep->epoch == n->epoch)
 		return ep->guarded;
 	ep->epoch = n->epoch;
-	if (admitted(ep->program) == UP_GUARDED || admitted(ep->peer_program) == UP_GUARDED ||
-	    bpf_map_lookup_elem(&marked, &ep->self.cookie) ||
-	    bpf_map_lookup_elem(&marked, &ep->peer.cookie))
+	use = bpf_map_lookup_elem(&marked, &ep->peer.cookie);
+	if (use && *use & UP_SIGN_SPLICE)
+		ep->spliced = 1;
+	if (use || admitted(ep->program) == UP_GUARDED || admitted(ep->peer_program) == UP_GUARDED ||
+	    bpf_map_lookup_elem(&marked, &ep->self.cookie))
 		ep->guarded = 1;
 	return ep->guarded;
+}
+
+/* splice does not see redirected bytes and would take TCP bytes that were sent after them: while such wait
+ * at a peer that was spliced from, the shortcut alone keeps the order. */
+static __always_inline bool order_at_stake(const struct endpoint *ep)
+{
+	const struct sock *peer = (const void *)ep->peer_sock;
+
+	return ep->spliced && psock_of(peer) && has_unread(peer) && !fault(UP_FAULT_LATE_SPLICE);
 }
 
 /* The calling endpoint shall leave the map, once what its peer may have under way has arrived. */
@@ -303,10 +323,10 @@ static __always_inline void wants_out(struct endpoint *ep, enum up_reason reason
 }
 
 /* Who serves what arrives at this end: who listens at the very address, else at any. */
-static __always_inline struct up_owner *owner_of(__u64 netns, const struct up_address *local)
+static __always_inline __u64 *owner_of(__u64 netns, const struct up_address *local)
 {
 	struct up_place place = {.netns = netns, .at = *local};
-	struct up_owner *owner = bpf_map_lookup_elem(&owners, &place);
+	__u64 *owner = bpf_map_lookup_elem(&owners, &place);
 
 	if (owner)
 		return owner;
@@ -321,7 +341,7 @@ static __always_inline struct up_owner *owner_of(__u64 netns, const struct up_ad
 }
 
 /* The same for the local end of `sk`, which need not be the caller's to lock. */
-static __always_inline struct up_owner *owner_at(const struct sock *sk)
+static __always_inline __u64 *owner_at(const struct sock *sk)
 {
 	struct up_address local = {}, remote;
 
@@ -333,11 +353,11 @@ static __always_inline struct up_owner *owner_at(const struct sock *sk)
  * is whose verdict let the accepted socket `sk` into the map; may it stay? */
 static __noinline enum up_reason acceptor(const struct sock *sk, __u64 *listened)
 {
-	struct up_owner *owner = owner_at(sk);
+	__u64 *owner = owner_at(sk);
 
-	if (!owner || owner->program == *listened)
+	if (!owner || *owner == *listened)
 		return UP_SHORTCUT;
-	*listened = owner->program;
+	*listened = *owner;
 	return admitted(*listened);
 }
 

@@ -55,8 +55,9 @@ struct endpoint {
 	__u8 narrow;  /* its send buffer is: 1 = narrow, 2 = wide again, by us; 0 = untouched */
 	__u8 observed; /* not in the map: its packets show that its program runs */
 	__u8 guarded; /* a sign was seen at one of the ends: TCP from now on, and out of the map */
-	__u8 accepted; /* who serves the server's end is known for sure */
-	__u8 pad[4];
+	__u8 spliced; /* its peer was spliced from in the map: TCP bytes would overtake what waits there */
+	__u8 certain;  /* who serves the server's end is known for sure */
+	__u8 pad[3];
 };
 
 /* Written by sock_ops. Full: the connection stays on TCP (map-full). Entries go when a socket closes. */
@@ -114,7 +115,7 @@ struct handshake {
 	__u32 refused;       /* enum up_reason: why this does not become a pair */
 	__u32 early;         /* a thread slept on the client's socket before it entered */
 	__u32 outside;       /* the client did not enter the map: nobody waits for the answer */
-	__u32 accepts;       /* the program that served here last is known to accept */
+	__u32 certain;       /* who serves the server's end is known for sure */
 	__u32 pad;
 	__u64 client_program;
 	__u64 server_program;

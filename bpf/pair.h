@@ -96,8 +96,7 @@ static __always_inline enum up_reason pair_server(struct bpf_sock_ops *ctx)
 	struct bpf_sock *sk = ctx->sk;
 	struct endpoint *ep;
 	struct view view = {};
-	struct up_owner *owner;
-	__u64 program;
+	__u64 *owner, program;
 
 	if (!sk)
 		return UP_NO_STATE;
@@ -114,7 +113,7 @@ static __always_inline enum up_reason pair_server(struct bpf_sock_ops *ctx)
 		return UP_REMOTE_CLIENT;
 	}
 	owner = owner_of(view.netns, &view.server);
-	program = owner ? owner->program : 0;
+	program = owner ? *owner : 0;
 	if (!fault(UP_FAULT_ADDRESS_KEYS)) {
 		if (shake->refused) {
 			why = shake->refused;
@@ -150,7 +149,7 @@ static __always_inline enum up_reason pair_server(struct bpf_sock_ops *ctx)
 	ep->peer.numbers = fault(UP_FAULT_STALE_PEER) ? (struct numbers){} : key;
 	ep->redirect_seq = snd;
 	ep->ask = shake->early != 0;
-	ep->accepted = shake->accepts = (owner && owner->accepts) || fault(UP_FAULT_LISTENER_DECIDES);
+	ep->certain = shake->certain = serves_itself(program) || fault(UP_FAULT_LISTENER_DECIDES);
 	shake->server_sock = (__u64)bpf_skc_to_tcp_sock(sk);
 	*(volatile __u64 *)&shake->server = ep->self.cookie;
 	return UP_SHORTCUT;
@@ -222,31 +221,32 @@ static __always_inline bool meet_server(struct endpoint *ep)
 	ep->peer.numbers = ep->self.numbers; /* the same two at both ends */
 	ep->peer_program = shake->server_program;
 	ep->peer.cookie = server;
-	ep->accepted = shake->accepts;
-	if (ep->accepted)
+	ep->epoch = ~0ull; /* the verdicts on the server have not been looked up yet */
+	ep->certain = shake->certain;
+	if (ep->certain)
 		bpf_map_delete_elem(&handshakes, &ep->numbers);
 	return true;
 }
 
-/* Where nobody was seen to accept yet, nothing is redirected to a server before it has been accepted, and
- * by a program that may take the shortcut. */
+/* Where the listener's program may not be the one that serves, nothing is redirected to a server before it
+ * has been accepted, and by one that may take the shortcut. */
 static __always_inline bool server_accepted(struct endpoint *ep)
 {
 	const struct sock *server = (const void *)ep->peer_sock;
 	enum up_reason why;
 
-	if (ep->accepted || ep->role != UP_CLIENT)
+	if (ep->certain || ep->role != UP_CLIENT)
 		return true;
 	if (!BPF_CORE_READ(server, sk_socket))
 		return false;
 	why = acceptor(server, &ep->peer_program);
 	if (why == UP_SHORTCUT) {
-		ep->accepted = 1;
+		ep->certain = 1;
 		bpf_map_delete_elem(&handshakes, &ep->numbers);
 	} else if (!ep->leave) {
 		wants_out(ep, why);
 	}
-	return ep->accepted;
+	return ep->certain;
 }
 
 #endif

@@ -106,6 +106,16 @@ static __always_inline bool all_consumed(const struct endpoint *ep, const struct
 	return r->copied_seq == written;
 }
 
+static __always_inline enum up_reason redirect(struct sk_msg_md *msg, const struct tcp_sock *tp,
+					       struct endpoint *ep)
+{
+	if (bpf_msg_redirect_hash(msg, &sockets, &ep->peer, BPF_F_INGRESS) != SK_PASS)
+		return UP_PEER_GONE;
+	ep->redirect_seq = tp->write_seq;
+	ep->ask = 0;
+	return UP_SHORTCUT;
+}
+
 static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_sock *sk,
 					     struct endpoint *ep)
 {
@@ -116,6 +126,10 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 
 	if (!ctl)
 		return UP_NO_STATE;
+	if (ep->peer.cookie && guarded(ep) && order_at_stake(ep)) {
+		tp = bpf_skc_to_tcp_sock(sk);
+		return tp ? redirect(msg, tp, ep) : UP_NO_STATE;
+	}
 	if (ctl->stop)
 		return ctl->stop == UP_PAUSED ? UP_PAUSED : UP_DRAINING;
 	if (!ep->peer.cookie && !meet_server(ep))
@@ -161,11 +175,7 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 			return reason;
 		}
 	}
-	if (bpf_msg_redirect_hash(msg, &sockets, &ep->peer, BPF_F_INGRESS) != SK_PASS)
-		return UP_PEER_GONE;
-	ep->redirect_seq = tp->write_seq;
-	ep->ask = 0;
-	return UP_SHORTCUT;
+	return redirect(msg, tp, ep);
 }
 
 /* What the state of a socket in the map says of its program: the other connections stay on TCP, too. */

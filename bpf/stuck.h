@@ -183,7 +183,7 @@ static __always_inline bool redirects(const struct sock *sk)
  * once our psock is gone. If not, a later packet is the moment to leave. */
 static __always_inline bool settled(const struct endpoint *ep, const struct sock *sk)
 {
-	if (has_unread(sk))
+	if (has_unread(sk) || order_at_stake(ep))
 		return false;
 	return fault(UP_FAULT_UNSETTLED) || (!more_may_come(ep) && !redirects(sk));
 }
@@ -211,9 +211,9 @@ static __always_inline void on_packet(struct bpf_sock_ops *ctx)
 	}
 	if (!ep->peer.cookie && !ep->leave)
 		server_refused(ep); /* a server that speaks first is acknowledged before we say anything */
-	if (!ep->accepted && ep->role == UP_SERVER && tp->inet_conn.icsk_inet.sk.sk_socket) {
+	if (!ep->certain && ep->role == UP_SERVER && tp->inet_conn.icsk_inet.sk.sk_socket) {
 		why = acceptor((const struct sock *)tp, &ep->program);
-		ep->accepted = 1;
+		ep->certain = 1;
 		if (why != UP_SHORTCUT && !ep->leave)
 			wants_out(ep, why);
 	}

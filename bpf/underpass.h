@@ -65,6 +65,7 @@ enum up_fault {
 	UP_FAULT_STALE_PEER = 1 << 8,   /* rule 1: a socket is its address in memory, whoever has it now */
 	UP_FAULT_UNSETTLED = 1 << 9,    /* leave: do not ask whether a redirect is under way */
 	UP_FAULT_LISTENER_DECIDES = 1 << 10, /* guard: ask who listened, not who accepts */
+	UP_FAULT_LATE_SPLICE = 1 << 11, /* guard: send by TCP behind what a splice has not seen */
 };
 
 /* What a program was seen to use that the shortcut cannot serve: name, bit, word. */
@@ -152,7 +153,10 @@ struct up_program {
 	__u32 signs;      /* enum up_sign */
 	__u32 rule;       /* enum up_rule, 0 = none */
 	__u32 pid;        /* the process that was seen first */
-	__u32 by_arguments; /* 1 = an interpreter: its arguments are part of its identity */
+	__u8 by_arguments; /* 1 = an interpreter: its arguments are part of its identity */
+	__u8 accepts;  /* 1 = it was seen to accept */
+	__u8 hands_on; /* 1 = another program was seen to accept where it listened */
+	__u8 pad;
 	char name[32];    /* of the executable */
 	char command[128]; /* how its arguments begin, each ended by NUL */
 };
@@ -168,12 +172,6 @@ struct up_place {
 	__u64 netns; /* cookie */
 	struct up_address at;
 	__u32 pad;
-};
-
-/* Who serves at a place. */
-struct up_owner {
-	__u64 program;  /* key; 0 = unknown */
-	__u64 accepts;  /* 1 = it has been seen to accept here, so that it is no mere holder of the socket */
 };
 
 /* The one element of map `news`. */

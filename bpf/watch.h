@@ -91,29 +91,38 @@ static __always_inline const struct sock *tcp_socket(__u64 fd)
 	return protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP ? sk : 0;
 }
 
-static const struct up_owner nobody_yet;
-
 /* `program` serves at the local end of `sk`, whoever listened (as systemd does for others). Where several
  * do, one that is not admitted has the last word. */
 static __noinline void served_by(const struct sock *sk, __u64 program)
 {
+	__u64 *owner = owner_at(sk);
+
+	if (owner && *owner != program && (!serves_itself(*owner) || admitted(program) != UP_SHORTCUT))
+		*owner = program;
+}
+
+/* `program` is about to accept from `sk`. */
+static __noinline void accepts(const struct sock *sk, __u64 program)
+{
+	struct up_program *p = bpf_map_lookup_elem(&programs, &program), *listened;
 	struct up_place place = {};
 	struct up_address remote;
-	struct up_owner *owner;
+	__u64 *owner = owner_at(sk);
 
-	owner = owner_at(sk);
-	if (!owner && BPF_CORE_READ(sk, __sk_common.skc_state) == BPF_TCP_LISTEN) {
+	if (!p || BPF_CORE_READ(sk, __sk_common.skc_state) != BPF_TCP_LISTEN)
+		return;
+	if (!owner) { /* it had to make room */
 		place.netns = BPF_CORE_READ(sk, __sk_common.skc_net.net, net_cookie);
 		read_sock_ends(sk, &place.at, &remote);
-		bpf_map_update_elem(&owners, &place, &nobody_yet, BPF_NOEXIST); /* it had made room */
-		owner = owner_at(sk);
+		bpf_map_update_elem(&owners, &place, &program, BPF_NOEXIST);
+	} else if (*owner != program) {
+		listened = bpf_map_lookup_elem(&programs, owner);
+		if (listened && !listened->hands_on)
+			listened->hands_on = 1;
+		served_by(sk, program);
 	}
-	if (!owner)
-		return;
-	if (owner->program != program && (!owner->accepts || admitted(program) != UP_SHORTCUT))
-		owner->program = program;
-	if (!owner->accepts)
-		owner->accepts = 1;
+	if (!p->accepts)
+		p->accepts = 1;
 }
 
 static __always_inline void watch(const void *regs, __u64 call)
@@ -129,7 +138,7 @@ static __always_inline void watch(const void *regs, __u64 call)
 		return;
 	program = current_program();
 	if (signs == ACCEPTS)
-		return served_by(sk, program);
+		return accepts(sk, program);
 	if (allowed(program))
 		return;
 	if (program) {

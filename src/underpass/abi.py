@@ -104,7 +104,10 @@ class Program(ctypes.Structure):
         ("signs", u32),
         ("rule", u32),
         ("pid", u32),
-        ("by_arguments", u32),
+        ("by_arguments", u8),
+        ("accepts", u8),
+        ("hands_on", u8),
+        ("pad", u8),
         ("name", ctypes.c_char * 32),
         ("command", u8 * 128),
     ]
@@ -126,12 +129,6 @@ class Place(ctypes.Structure):
     """``struct up_place``."""
 
     _fields_ = [("netns", u64), ("at", Address), ("pad", u32)]
-
-
-class Owner(ctypes.Structure):
-    """``struct up_owner``."""
-
-    _fields_ = [("program", u64), ("accepts", u64)]
 
 
 class News(ctypes.Structure):

@@ -68,7 +68,7 @@ _SIZES = {
     "news": (_ARRAY, 4, ctypes.sizeof(abi.News)),
     "programs": (_LRU_HASH, 8, ctypes.sizeof(abi.Program)),
     "rules": (_HASH, ctypes.sizeof(abi.RuleKey), 4),
-    "owners": (_LRU_HASH, ctypes.sizeof(abi.Place), ctypes.sizeof(abi.Owner)),
+    "owners": (_LRU_HASH, ctypes.sizeof(abi.Place), 8),
 }
 _HANDOFF_KEYS = {"handshakes": 8, "syns": 4}
 LINK, MAP_LINK, WATCH_LINK = "link_handshake", "link_steer", "link_watch"
@@ -77,7 +77,7 @@ _SHARED = 2
 _GUARD_MAPS: tuple[tuple[str, type[Any], type[Any]], ...] = (
     ("rules", abi.RuleKey, abi.u32),
     ("programs", abi.u64, abi.Program),
-    ("owners", abi.Place, abi.Owner),
+    ("owners", abi.Place, abi.u64),
 )
 
 
@@ -343,11 +343,11 @@ class Dataplane:
             for record in listeners
             if record.covered
         }
-        fd, known = self.fd("owners"), abi.Owner()
+        fd, known = self.fd("owners"), abi.u64()
         strange = {
             inode: place
             for inode, place in places.items()
-            if not libbpf.lookup(fd, place, known) or not known.program
+            if not libbpf.lookup(fd, place, known) or not known.value
         }
         processes = programs.of_sockets(set(strange)) if strange else {}
         for inode, place in strange.items():
@@ -355,7 +355,7 @@ class Dataplane:
             # nobody to be seen, as from inside a container: then the listener is watched by itself
             key, program = found or programs.listener(bytes(place.at.ip), place.at.port, inode)
             self._meet(key, program)
-            libbpf.update(fd, place, abi.Owner(program=key))
+            libbpf.update(fd, place, abi.u64(key))
 
     def drain_step(self) -> list[abi.Record]:
         """Take every endpoint out of the map that holds nothing unread; those that are left."""

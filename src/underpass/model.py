@@ -94,6 +94,7 @@ class Fault(enum.IntFlag):
     STALE_PEER = 1 << 8
     UNSETTLED = 1 << 9
     LISTENER_DECIDES = 1 << 10
+    LATE_SPLICE = 1 << 11
 
 
 class Sign(enum.IntFlag):

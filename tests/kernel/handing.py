@@ -1,4 +1,4 @@
-"""Descriptors that go from one worker to another, as socket activation and hot restarts hand them on."""
+"""Descriptors that go from one worker to another, as socket activation hands them on."""
 
 from __future__ import annotations
 

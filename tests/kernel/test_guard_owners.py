@@ -13,7 +13,7 @@ from tests.kernel import test_guard as guard
 from tests.kernel.bed import ADMITTING, SERVER4, Bed
 from tests.kernel.fixtures import MakePlane
 from tests.kernel.handing import hand_on
-from tests.kernel.remote import connect, exchange, listen
+from tests.kernel.remote import connect, couple, exchange, listen
 from tests.kernel.waiting import wait_until
 from underpass import abi, libbpf, programs
 from underpass.generation import Dataplane
@@ -32,11 +32,19 @@ def _forget_by_pressure(plane: Dataplane, worker: Worker) -> None:
     libbpf.delete(plane.fd("programs"), abi.u64(found[0]))
 
 
-@pytest.mark.parametrize("fault", [Fault(0), Fault.LISTENER_DECIDES], ids=["guarded", "unguarded"])
+def _admit_a_holder(plane: Dataplane, bed: Bed) -> tuple[Worker, Worker]:
+    """A client, and an admitted program in the server's pod that has never accepted."""
+    client, server = guard._admit(plane, bed)
+    holder = bed.worker("server")
+    guard._run_until_admitted(plane, *couple(holder, server, (SERVER4, 8082)))
+    return client, holder
+
+
+@pytest.mark.parametrize("fault", [Fault(0), Fault.LISTENER_DECIDES], ids=["rule", "twin"])
 def test_who_accepts_decides(bed: Bed, plane: MakePlane, fault: Fault) -> None:
     """Claim: a new program that was handed an admitted one's listener gets its first bytes by TCP."""
     underpass = plane(guard.SOON, fault, watch=True)
-    client, holder = guard._admit(underpass, bed)
+    client, holder = _admit_a_holder(underpass, bed)
     heir = bed.worker("server")
     listener = hand_on(listen(holder, ELSEWHERE), heir)
     near = connect(client, ELSEWHERE)
@@ -57,7 +65,7 @@ def test_who_accepts_decides(bed: Bed, plane: MakePlane, fault: Fault) -> None:
 def test_who_was_handed_a_listener_is_watched(bed: Bed, plane: MakePlane) -> None:
     """Claim: its first connection leaves the map, and it is admitted once it has run."""
     underpass = plane(guard.SOON, watch=True)
-    client, holder = guard._admit(underpass, bed)
+    client, holder = _admit_a_holder(underpass, bed)
     heir = bed.worker("server")
     listener = hand_on(listen(holder, ELSEWHERE), heir)
     near = connect(client, ELSEWHERE)
@@ -103,7 +111,7 @@ def test_a_forgotten_server_is_met_again(bed: Bed, plane: MakePlane) -> None:
 
 
 def test_a_forgotten_denial_holds(bed: Bed, plane: MakePlane) -> None:
-    """Claim: a denied server stays denied when the list has lost it, also where all are admitted."""
+    """Claim: a denied server stays denied when the list has lost it, even if all are admitted."""
     underpass = plane(ADMITTING)
     client, server = bed.worker("client"), bed.worker("server")
     listener = listen(server, TO)
@@ -120,7 +128,7 @@ def test_a_forgotten_denial_holds(bed: Bed, plane: MakePlane) -> None:
 def test_programs_of_32_bits_stay_on_tcp(
     bed: Bed, plane: MakePlane, tmp_path: Path, bits: int
 ) -> None:
-    """Claim: a program whose system calls we cannot read is never admitted; the same of 64 bits is."""
+    """Claim: a program whose system calls we cannot read stays on TCP; one of 64 bits does not."""
     program = tmp_path / f"narrow{bits}"
     build = ["clang", f"-m{bits}", "-nostdlib", "-static", "-ffreestanding", "-O1"]
     made = subprocess.run(
