@@ -6,6 +6,16 @@
 
 #include "guard.h"
 
+#define MSG_OOB 0x1
+#define MSG_TRUNC 0x20
+#define MSG_WAITALL 0x100
+#define MSG_ZEROCOPY 0x4000000
+#define TCP_ZEROCOPY_RECEIVE 35
+#define S_IFMT 0170000
+#define S_IFSOCK 0140000
+#define IPPROTO_TCP 6
+#define IPPROTO_MPTCP 262
+
 /* CO-RE picks the architecture's own as the object is loaded. */
 struct arguments {
 	__u64 first, second, third, fourth;

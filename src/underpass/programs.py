@@ -1,6 +1,6 @@
 """Who a program is: the identity under which the guard remembers it.
 
-Mirrors ``identify()`` of ``bpf/guard.h``: the name, size and time of change of the executable, the
+Mirrors ``identify()`` of ``bpf/programs.h``: the name, size and time of change of the executable, the
 same in every container of an image; of an interpreter also its arguments.
 """
 
@@ -17,7 +17,9 @@ from underpass.model import Program, Rule, Sign
 
 _MULTIPLIER = 0x9E3779B97F4A7C15
 _WORD = (1 << 64) - 1
-_INTERPRETERS = (b"pyth", b"node", b"java", b"ruby", b"perl", b"dotn", b"busy", b"php")
+_INTERPRETERS = tuple(
+    b"pyth node java ruby perl dotn busy ld-l qemu beam deno mono php lua bun".split()
+)
 _NAME, _ARGUMENTS, _COMMAND = 32, 512, 128
 _BLOCK = 64
 
