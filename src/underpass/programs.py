@@ -1,6 +1,6 @@
 """Who a program is: the identity under which the guard remembers it.
 
-Mirrors ``identify()`` of ``bpf/programs.h``: the name, size and time of change of the executable, the
+Mirrors ``identify()`` of ``bpf/programs.h``: name, size and time of change of the executable, the
 same in every container of an image; of an interpreter also its arguments.
 """
 

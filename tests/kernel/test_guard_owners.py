@@ -42,7 +42,7 @@ def _admit_a_holder(plane: Dataplane, bed: Bed) -> tuple[Worker, Worker]:
 
 @pytest.mark.parametrize("fault", [Fault(0), Fault.LISTENER_DECIDES], ids=["rule", "twin"])
 def test_who_accepts_decides(bed: Bed, plane: MakePlane, fault: Fault) -> None:
-    """Claim: a new program that was handed an admitted one's listener gets its first bytes by TCP."""
+    """Claim: a new program that was handed a listener gets its first bytes by TCP."""
     underpass = plane(guard.SOON, fault, watch=True)
     client, holder = _admit_a_holder(underpass, bed)
     heir = bed.worker("server")
