@@ -57,12 +57,20 @@ class _Commands(click.Group):
 def cli(ctx: click.Context, pins: Path) -> None:
     """TCP between processes of this node passes under the TCP/IP stack.
 
-    Faster where it helps, plain TCP everywhere else. Start with `underpass doctor`, then
-    `underpass up`; `underpass connections` shows what took the shortcut, `underpass explain` why.
+    Faster where it helps, plain TCP everywhere else.
 
-    Exit codes: 0 ok, 1 a check failed or an operation did not complete, 2 usage,
-    4 kernel unsupported.
-    """
+    \b
+    Start with         `underpass doctor`, then `underpass up`
+    what took it       `underpass connections`, and `underpass explain` tells why
+    what stays on TCP  `underpass guard list`
+
+    \b
+    Exit codes
+      0  ok
+      1  a check failed or an operation did not complete
+      2  usage
+      4  kernel unsupported
+    """  # noqa: D301 - to click, a real \b says that lines stay as they are
     ctx.obj = Path(os.path.normpath(pins.absolute()))
     if not ctx.obj.name:
         raise Usage("pin in", ctx.obj, "it has no name", "name a directory in a bpffs")
@@ -76,6 +84,9 @@ def main() -> None:
         sys.stdout.flush()
     except UnderpassError as error:
         output.fail(str(error), error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:  # no command was named: its help, whole
+        click.echo(error.format_message(), err=True)
+        sys.exit(error.exit_code)
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "underpass"
         output.fail(f"{error.format_message().rstrip('.')}; see `{command} --help`", 2)

@@ -79,7 +79,7 @@ class _Reporter:
             click.echo(f"{self._count} of {self._total} runs done, now at {what}", err=True)
 
 
-@click.command()
+@click.command(short_help="Default against shortcut, measured here and now.")
 @click.option("--workload", type=click.Choice(list(WORKLOADS)), default="qperf", show_default=True)
 @click.option(
     "--path",

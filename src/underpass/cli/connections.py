@@ -13,7 +13,7 @@ from underpass.errors import NotLoaded
 from underpass.model import Direction, Pair, Reason
 
 
-@click.command()
+@click.command(short_help="The open pairs, with each direction's path and why.")
 @output.json_option
 @click.pass_obj
 def connections(pins: Path, as_json: bool) -> None:

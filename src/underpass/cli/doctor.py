@@ -13,7 +13,7 @@ from underpass.cli import output
 _MARKS = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "failed": "[red]✗[/]"}
 
 
-@click.command()
+@click.command(short_help="Check kernel and node by really loading and trying.")
 @output.json_option
 @click.pass_obj
 def doctor(pins: Path, as_json: bool) -> int:

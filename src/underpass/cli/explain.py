@@ -14,7 +14,7 @@ from underpass.errors import NotLoaded
 from underpass.model import Pair, Socket
 
 
-@click.command()
+@click.command(short_help="Why traffic does or does not take the shortcut.")
 @click.argument("client")
 @click.argument("server", metavar="SERVER[:PORT]")
 @output.json_option

@@ -13,7 +13,7 @@ from underpass.errors import UnderpassError
 from underpass.model import Program, Rule
 
 
-@click.group()
+@click.group(short_help="Which programs stay on plain TCP, and why.")
 def guard() -> None:
     """Programs that use what the shortcut cannot serve stay on plain TCP.
 
@@ -21,10 +21,19 @@ def guard() -> None:
     that splices from sockets, or uses MSG_WAITALL, MSG_OOB, MSG_TRUNC, MSG_ZEROCOPY, SO_RCVLOWAT
     above 1, kTLS or MPTCP, is kept out, now and when it is started again. The watching goes on
     for all.
-    """
+
+    \b
+    Verdict of a program   its connections, in `status` and `explain`
+      watched              observed: on TCP, new ones once it is admitted
+      admitted, allowed    may take the shortcut
+      kept-out, denied     guarded: on TCP
+
+    PROGRAM is an id of `guard list`, or the name of an executable file: of a symbolic link that
+    is the name of the file it leads to, of a script that of its interpreter.
+    """  # noqa: D301 - to click, a real \b says that lines stay as they are
 
 
-@guard.command("list")
+@guard.command("list", short_help="Programs and rules, with verdict and reason.")
 @output.json_option
 @click.pass_obj
 def list_(pins: Path, as_json: bool) -> None:
@@ -58,7 +67,7 @@ def _apply(pins: Path, name: str, rule: Rule, done: str) -> None:
     click.echo(f"{name} is {done} ({known})")
 
 
-@guard.command()
+@guard.command(short_help="Let PROGRAM take the shortcut, whatever it does.")
 @click.argument("program")
 @click.pass_obj
 def allow(pins: Path, program: str) -> None:
@@ -66,7 +75,7 @@ def allow(pins: Path, program: str) -> None:
     _apply(pins, program, Rule.ALLOW, "allowed")
 
 
-@guard.command()
+@guard.command(short_help="Keep PROGRAM on plain TCP; open pairs leave, too.")
 @click.argument("program")
 @click.pass_obj
 def deny(pins: Path, program: str) -> None:

@@ -9,7 +9,7 @@ import click
 from underpass import dataplane
 
 
-@click.command()
+@click.command(short_help="Send everything by TCP at once; pairs are kept.")
 @click.pass_obj
 def pause(pins: Path) -> None:
     """Send everything by TCP at once; pairs are kept, nothing is lost."""
@@ -17,7 +17,7 @@ def pause(pins: Path) -> None:
     click.echo("underpass is paused: every message takes TCP; `underpass resume` goes back")
 
 
-@click.command()
+@click.command(short_help="Let pairs use the shortcut again.")
 @click.pass_obj
 def resume(pins: Path) -> None:
     """Let pairs use the shortcut again, each once its reader has read what went by TCP."""

@@ -71,7 +71,7 @@ def _table(figures: dict[str, str]) -> Table:
     return table
 
 
-@click.command()
+@click.command(short_help="Check every byte while everything is disturbed.")
 @click.option(
     "--seconds", type=click.FloatRange(1, 86400), default=60, show_default=True, help="How long."
 )
