@@ -11,20 +11,20 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from underpass import programs
 from underpass.errors import Usage
 from underpass.model import Settings
 
 _MIB = 1 << 20
 _MOST = 64 << 10  # bytes that are read: what never ends, or nearly, is no configuration
 _WIDEST = 1000  # characters of a line: tomllib's memory grows with the square of a dotted key
-_Name = Annotated[str, Meta(min_length=1, max_length=31, pattern=r"^[^/\s]+$")]
 
 
 class _Guard(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     observe: Annotated[float, Meta(ge=0.1, le=86400)] = Settings.observe_seconds
     admit_unknown: bool = Settings.admit_unknown
-    allow: tuple[_Name, ...] = ()
-    deny: tuple[_Name, ...] = ()
+    allow: tuple[str, ...] = ()
+    deny: tuple[str, ...] = ()
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -55,6 +55,8 @@ def read(path: Path | None) -> Settings:
         raise Usage("read", path, f"it is not TOML: {error}", "correct it") from None
     sizes = msgspec.structs.asdict(fields)
     guard = sizes.pop("guard")
+    if cause := _wrong_names(guard):
+        raise Usage("use", path, cause, "correct it in [guard]")
     return Settings(
         **sizes,
         observe_seconds=guard.observe,
@@ -62,6 +64,17 @@ def read(path: Path | None) -> Settings:
         allow=guard.allow,
         deny=guard.deny,
     )
+
+
+def _wrong_names(guard: _Guard) -> str:
+    """What is wrong with the names of programs; empty if nothing is."""
+    for field, names in (("allow", guard.allow), ("deny", guard.deny)):
+        for name in names:
+            if cause := programs.wrong_name(name):
+                return f"{name!r} in {field}: {cause}"
+    if both := sorted({*guard.allow} & {*guard.deny}):
+        return f"{both[0]!r} is in both allow and deny"
+    return ""
 
 
 def _text(path: Path) -> str:

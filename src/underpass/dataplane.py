@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from underpass import abi, knobs, libbpf, namespaces, pinning, records
+from underpass import abi, knobs, libbpf, namespaces, pinning, programs, records
 from underpass.errors import KernelError, NotLoaded, UnderpassError, Usage
 from underpass.generation import (
     IN_FLIGHT_SECONDS,
@@ -242,9 +242,9 @@ def set_rule(pins: Path, name: str, rule: Rule) -> int:
         NotLoaded: nothing is live at ``pins``.
         Usage: ``name`` is no name of a program.
     """
-    if not 0 < len(name.encode()) < 32 or "/" in name:
-        step = "give the name of its executable (31 bytes at most), or an id of `guard list`"
-        raise Usage("find program", repr(name), "it is neither a name nor an id", step)
+    if cause := programs.wrong_name(name):
+        step = "give the name of its executable, or an id of `underpass guard list`"
+        raise Usage("find program", repr(name), cause, step)
     with opened(pins) as planes:
         counts = [plane.set_rule(name, rule) for plane in planes]
         return counts[0]

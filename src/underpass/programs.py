@@ -81,6 +81,19 @@ def of_sockets(inodes: set[int]) -> dict[int, int]:
     return found
 
 
+def wrong_name(name: str) -> str:
+    """Why ``name`` can be no program's name; empty if it can."""
+    if not name:
+        return "a program's name is not empty"
+    if "/" in name:
+        return "a program goes by the name of its file, without a directory"
+    if not name.isprintable():
+        return "a program's name has printable characters only"
+    if len(name.encode()) >= _NAME:
+        return f"a program's name has {_NAME - 1} bytes at most"
+    return ""
+
+
 def id_of(key: int) -> str:
     """A key as people see it."""
     return f"{key:016x}"

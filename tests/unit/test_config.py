@@ -62,6 +62,35 @@ def test_wrong_files_are_refused(tmp_path: Path, text: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ('deny = ["/usr/bin/redis-server"]', "directory"),
+        ('allow = [""]', "empty"),
+        ('deny = ["two\\nlines"]', "printable"),
+        (f'allow = ["{"x" * 32}"]', "31 bytes"),
+        (f'deny = ["{"é" * 16}"]', "31 bytes"),
+        ('deny = ["a"]\nallow = ["b", "a"]', "'a' is in both allow and deny"),
+    ],
+)
+def test_wrong_names_are_refused_in_words(tmp_path: Path, text: str, word: str) -> None:
+    """Claim: what is wrong with a program's name, or with two lists of them, is said in words."""
+    with pytest.raises(Usage) as raised:
+        _read(tmp_path, f"[guard]\n{text}")
+    line = str(raised.value)
+    assert word in line
+    assert "regex" not in line
+    assert "^" not in line
+    assert "\n" not in line
+
+
+def test_names_that_the_kernel_can_have(tmp_path: Path) -> None:
+    """Claim: names of 31 bytes, with blanks or accents are taken as they are."""
+    names = ("x" * 31, "é" * 15, "Web Content")
+    read = _read(tmp_path, f"[guard]\ndeny = {list(names)}\nallow = ['other']")
+    assert (read.deny, read.allow) == (names, ("other",))
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     """Claim: a missing file is a usage error that names it."""
     with pytest.raises(Usage, match=r"missing\.toml"):
