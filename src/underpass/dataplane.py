@@ -21,14 +21,12 @@ from underpass import abi, knobs, libbpf, namespaces, pinning, programs, records
 from underpass.errors import KernelError, NotLoaded, UnderpassError, Usage
 from underpass.generation import (
     IN_FLIGHT_SECONDS,
-    LINK,
-    MAP_LINK,
     MAPS,
     PROGRAMS,
-    WATCH_LINK,
     Dataplane,
 )
 from underpass.model import Counters, Fault, Rule, Settings
+from underpass.pinning import LINK, MAP_LINK, WATCH_LINK
 
 __all__ = ["DEFAULT_PINS", "Dataplane", "down", "opened", "pause", "up", "upgrade"]
 

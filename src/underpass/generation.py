@@ -27,6 +27,7 @@ from underpass.model import (
     Settings,
     Socket,
 )
+from underpass.pinning import LINK, WATCH_LINK
 
 #: Redirects that were decided before the stop flag was seen are over after this many seconds.
 IN_FLIGHT_SECONDS = 1.5
@@ -71,7 +72,6 @@ _SIZES = {
     "owners": (_LRU_HASH, ctypes.sizeof(abi.Place), 8),
 }
 _HANDOFF_KEYS = {"handshakes": 8, "syns": 4}
-LINK, MAP_LINK, WATCH_LINK = "link_handshake", "link_steer", "link_watch"
 _ZERO = ctypes.c_uint32(0)
 _SHARED = 2
 _GUARD_MAPS: tuple[tuple[str, type[Any], type[Any]], ...] = (

@@ -14,6 +14,10 @@ from underpass import libbpf
 from underpass.errors import KernelError, UnderpassError
 
 _AT_FDCWD, _EXCHANGE = -100, 2
+#: Pins that hold a program attached: sock_ops, sk_msg, the watcher.
+LINK, MAP_LINK, WATCH_LINK = "link_handshake", "link_steer", "link_watch"
+#: Without this pin a directory is no generation.
+ABOUT = "about"
 
 
 def scratch(pins: Path) -> Path:
@@ -29,6 +33,9 @@ def lock(pins: Path) -> Path:
 def remove(directory: Path) -> None:
     """Unpin all that is in ``directory`` and remove it; nothing there is no error.
 
+    What is attached goes first, then what makes it a generation: cut short in between, it steers
+    nothing, and the next command sees that it is to be cleared.
+
     Raises:
         KernelError: something in it is a directory, or it cannot be written.
     """
@@ -36,11 +43,16 @@ def remove(directory: Path) -> None:
         return
     at = directory
     try:
-        for at in directory.iterdir():
+        for at in sorted(directory.iterdir(), key=_order):
             at.unlink()
         directory.rmdir()
     except OSError as error:
         raise KernelError("unpin", at, error.errno or 0, "remove it by hand") from None
+
+
+def _order(pin: Path) -> int:
+    first = (LINK, WATCH_LINK, ABOUT)
+    return first.index(pin.name) if pin.name in first else len(first)
 
 
 @contextlib.contextmanager

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from tests.kernel.bed import SERVER4, Bed
+from tests.kernel.bed import ADMITTING, SERVER4, Bed
 from tests.kernel.commands import underpass
 from tests.kernel.kernel_objects import pin_foreign_map, sock_ops_on
 from tests.kernel.remote import couple, exchange
+from underpass import dataplane, pinning
+from underpass.generation import Dataplane
 from underpass.torture.kernel_objects import pinned, pinned_at
 
 FAILED = 1
@@ -61,6 +65,67 @@ def test_a_foreign_pin_among_ours(bed: Bed) -> None:
     assert pinned_at(bed.pins / "foreign") == foreign
     underpass(bed.pins, "down").failed(FAILED, "foreign")
     assert pinned_at(bed.pins / "foreign") == foreign
+
+
+def _cut(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """From now on the process ends, as it were, once it has removed so many pins."""
+    real, left = Path.unlink, iter(range(after))
+
+    def unlink(path: Path) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        real(path)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+
+
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3, 12])
+def test_a_removal_that_was_cut_short(
+    bed: Bed, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """Claim: wherever the clearing of a failed `up` or `upgrade` ends, the next command goes on."""
+
+    def begin_up() -> None:
+        dataplane.up(bed.pins, bed.cgroup, ADMITTING)
+
+    def begin_upgrade() -> None:
+        dataplane.upgrade(bed.pins)
+
+    last = "underpass.generation.Dataplane.attach", "underpass.pinning.exchange"
+    for begin, spoilt in zip((begin_up, begin_upgrade), last, strict=True):
+        with monkeypatch.context() as patched:
+            patched.setattr(spoilt, _interrupted)
+            _cut(patched, after)
+            with pytest.raises(KeyboardInterrupt):
+                begin()
+        dataplane.up(bed.pins, bed.cgroup, ADMITTING)
+        assert dataplane.places(bed.pins) == [bed.pins]
+        assert len(sock_ops_on(bed.cgroup)) == 1
+        near, far = couple(bed.worker("client"), bed.worker("server"), (SERVER4, 8080))
+        exchange(near, far, 1)
+        with Dataplane.open(bed.pins) as live:
+            assert live.counters().shortcut_messages_total > 0
+        bed.kill_workers()
+    assert dataplane.down(bed.pins) == []
+    assert dataplane.places(bed.pins) == []
+
+
+@pytest.mark.parametrize("first", ["link_handshake", "link_watch", "about"])
+def test_what_is_removed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str) -> None:
+    """Claim: links go before what describes a generation, and that before all else."""
+    order = ("link_handshake", "link_watch", "about")
+    pins = tmp_path / "pins"
+    pins.mkdir()
+    for name in ("a", *reversed(order), "z"):
+        (pins / name).touch()
+    _cut(monkeypatch, order.index(first))
+    with pytest.raises(KeyboardInterrupt):
+        pinning.remove(pins)
+    assert {path.name for path in pins.iterdir()} == {"a", "z", *order[order.index(first) :]}
 
 
 def test_a_cgroup_that_was_made_again(bed: Bed) -> None:
