@@ -20,7 +20,9 @@ from pathlib import Path
 from underpass import abi, knobs, libbpf, namespaces, pinning, programs, records
 from underpass.errors import KernelError, NotLoaded, UnderpassError, Usage
 from underpass.generation import (
+    BEQUEST,
     IN_FLIGHT_SECONDS,
+    INHERITED,
     MAPS,
     PROGRAMS,
     Dataplane,
@@ -388,7 +390,15 @@ def _recover(pins: Path) -> None:
             exchanged = other.number < plane.number
         if exchanged:
             _complete_upgrade(pins)
-    pinning.remove(scratch)  # unless it has just been renamed: nothing uses it
+    _clear(pins)  # unless it has just been renamed: nothing uses it
+
+
+def _clear(pins: Path) -> None:
+    """Remove the scratch directory; what it bequeaths is inherited first, in one step."""
+    scratch = pinning.scratch(pins)
+    if pins.exists() and (scratch / BEQUEST).exists():
+        (scratch / BEQUEST).rename(pins / INHERITED)
+    pinning.remove(scratch)
 
 
 def _sweep(pins: Path) -> None:
@@ -404,9 +414,9 @@ def _retire(pins: Path, path: Path) -> None:
     with Dataplane.open(path) as plane, Dataplane.open(pins) as heir:
         plane.detach()
         plane.release()
-        heir.inherit(plane.totals())
+        plane.bequeath(heir)
         path.rename(pinning.scratch(pins))
-    pinning.remove(pinning.scratch(pins))
+    _clear(pins)
 
 
 def _make_room(pins: Path) -> None:
@@ -479,6 +489,6 @@ def _remove_unused(pins: Path) -> None:
 
 def _refuse_foreign(pins: Path) -> None:
     names = {entry.name for entry in pins.iterdir()}
-    if foreign := sorted(names.difference(MAPS, PROGRAMS, (LINK, MAP_LINK, WATCH_LINK))):
+    if foreign := sorted(names.difference(MAPS, PROGRAMS, (LINK, MAP_LINK, WATCH_LINK, BEQUEST))):
         cause, step = f"{foreign[0]} in it is not of underpass", f"move {pins / foreign[0]} away"
         raise UnderpassError("clear", pins, cause, step)

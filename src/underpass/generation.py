@@ -32,6 +32,9 @@ from underpass.pinning import LINK, WATCH_LINK
 #: Redirects that were decided before the stop flag was seen are over after this many seconds.
 IN_FLIGHT_SECONDS = 1.5
 
+INHERITED = "inherited"
+#: In a generation that is about to go: the map that is to take the heir's `inherited` pin's place.
+BEQUEST = "bequest"
 MAPS = (
     "sockets",
     "control",
@@ -41,7 +44,7 @@ MAPS = (
     "grants",
     "holders",
     "about",
-    "inherited",
+    INHERITED,
     "programs",
     "rules",
     "owners",
@@ -65,7 +68,7 @@ _SIZES = {
     "about": (_ARRAY, 4, ctypes.sizeof(abi.About)),
     "control": (_ARRAY, 4, ctypes.sizeof(abi.Control)),
     "counters": (_PERCPU_ARRAY, 4, ctypes.sizeof(abi.Counters)),
-    "inherited": (_ARRAY, 4, ctypes.sizeof(abi.Counters)),
+    INHERITED: (_ARRAY, 4, ctypes.sizeof(abi.Counters)),
     "news": (_ARRAY, 4, ctypes.sizeof(abi.News)),
     "programs": (_LRU_HASH, 8, ctypes.sizeof(abi.Program)),
     "rules": (_HASH, ctypes.sizeof(abi.RuleKey), 4),
@@ -197,7 +200,7 @@ class Dataplane:
 
     def totals(self) -> abi.Counters:
         """What it and the generations that it inherited from have counted."""
-        return abi.add_up([self.own(), self._inherited()])
+        return abi.add_up([self.own(), self.inherited()])
 
     def own(self) -> abi.Counters:
         """What it has counted itself, on all CPUs."""
@@ -205,14 +208,18 @@ class Dataplane:
         libbpf.lookup(self.fd("counters"), _ZERO, cpus)
         return abi.add_up(cpus)
 
-    def _inherited(self) -> abi.Counters:
+    def inherited(self) -> abi.Counters:
+        """What the generations counted that it inherited from."""
         past = abi.Counters()
-        libbpf.lookup(self.fd("inherited"), _ZERO, past)
+        libbpf.lookup(self.fd(INHERITED), _ZERO, past)
         return past
 
-    def inherit(self, totals: abi.Counters) -> None:
-        """Count what a generation carried that is about to be removed."""
-        libbpf.update(self.fd("inherited"), _ZERO, abi.add_up([self._inherited(), totals]))
+    def bequeath(self, heir: Dataplane) -> None:
+        """Make ready, as a pin of its own, what ``heir`` has inherited once this one is gone."""
+        will = self.pins / BEQUEST
+        will.unlink(missing_ok=True)
+        with libbpf.create_array(INHERITED, abi.add_up([heir.inherited(), self.totals()])) as total:
+            libbpf.pin(total.number, will)
 
     def endpoints(self) -> list[abi.Record]:
         """Every endpoint in the map, as the kernel tells it."""

@@ -19,6 +19,7 @@ from typing import Any, TypeVar, Union, cast
 from underpass.errors import KernelError, Unsupported
 
 BPF_CGROUP_SOCK_OPS = 3
+BPF_MAP_TYPE_ARRAY = 2
 BPF_SK_MSG_VERDICT = 7
 BPF_TRACE_ITER = 28
 _LOG_LINES = 12
@@ -131,6 +132,11 @@ def _library() -> tuple[Any, _Log]:
             ctypes.c_int,
             [ctypes.c_int, pointer, pointer, ctypes.c_uint64],
         ),
+        (
+            "bpf_map_create",
+            ctypes.c_int,
+            [ctypes.c_int, ctypes.c_char_p, *[ctypes.c_uint32] * 3, pointer],
+        ),
         ("bpf_map_get_next_key", ctypes.c_int, [ctypes.c_int, pointer, pointer]),
         ("bpf_obj_pin", ctypes.c_int, [ctypes.c_int, ctypes.c_char_p]),
         ("bpf_obj_get", ctypes.c_int, [ctypes.c_char_p]),
@@ -231,6 +237,16 @@ class Object:
     def map(self, name: str) -> int:
         """Descriptor of a created map; borrowed, valid while the object is open."""
         return int(self._lib.bpf_map__fd(self._find("map", name)))
+
+
+def create_array(name: str, value: _Value) -> Fd:
+    """A new array map whose one element is ``value``."""
+    lib, _ = _library()
+    size = ctypes.sizeof(value)
+    result = lib.bpf_map_create(BPF_MAP_TYPE_ARRAY, name.encode(), 4, size, 1, None)
+    made = Fd(_check(result, "create map", name, "run `underpass doctor`"))
+    update(made.number, ctypes.c_uint32(0), value)
+    return made
 
 
 def pin(fd: int, path: Path) -> None:

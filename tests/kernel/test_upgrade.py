@@ -240,6 +240,44 @@ def test_down_waits_for_every_generation(bed: Bed) -> None:
     exchange(near, far, 1)
 
 
+@pytest.mark.parametrize("after", range(8))
+def test_what_a_retired_generation_counted_is_inherited_once(
+    bed: Bed, plane: MakePlane, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """Claim: cut short before any of its steps, a retirement neither loses nor doubles a count."""
+    plane()
+    ends = couple(bed.worker("client"), bed.worker("server"), (SERVER4, 8080))
+    exchange(*ends, 1)
+    dataplane.upgrade(bed.pins)
+    for end in ends:
+        end.close()
+    with Dataplane.open(dataplane.retired(bed.pins)[0]) as old:
+        wait_until(lambda: old.endpoints() == [], "the pair has closed")
+    before, left = _carried(bed.pins), iter(range(after))
+
+    def cut(work: Callable[..., None]) -> Callable[..., None]:
+        def work_or_end(path: Path, *to: Path, missing_ok: bool = False) -> None:
+            if missing_ok and not path.exists():
+                return
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            work(path, *to)
+
+        return work_or_end
+
+    with monkeypatch.context() as patched:
+        for step in ("rename", "unlink"):
+            patched.setattr(Path, step, cut(getattr(Path, step)))
+        with pytest.raises(KeyboardInterrupt):
+            dataplane.up(bed.pins, bed.cgroup, ADMITTING)
+    for _ in range(2):
+        dataplane.up(bed.pins, bed.cgroup, ADMITTING)
+        assert _carried(bed.pins) == before
+    assert dataplane.places(bed.pins) == [bed.pins]
+    exchange(*couple(ends[0].worker, ends[1].worker, (SERVER4, 8081)), 1, rounds=1)
+    assert _carried(bed.pins) == before + 2
+
+
 def test_an_interrupt_right_after_the_exchange(
     bed: Bed, plane: MakePlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
