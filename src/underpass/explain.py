@@ -149,7 +149,11 @@ def _unpaired(
         return tcp("absent", "underpass is not up, everything takes TCP.", "run `underpass up`")
     if not sock.covered:
         sentence = "The client's process is outside the cgroup that underpass is attached to."
-        return tcp("outside-cgroup", sentence, "attach to a cgroup that holds it (`up --cgroup`)")
+        return tcp(
+            "outside-cgroup",
+            sentence,
+            "run `underpass down`, then `underpass up --cgroup PATH` for one that holds it",
+        )
     if sock.reason not in _SILENT:
         word, meaning = sock.reason.word, sock.reason.meaning
         sentence = f"It is not in the map: {meaning}."
@@ -167,7 +171,11 @@ def _unpaired(
         return tcp(Reason.NOT_LOCAL.word, sentence, "nothing to do: it is plain TCP, untouched")
     if not any(s.covered for s in others):
         sentence = "The server's process is outside the cgroup that underpass is attached to."
-        return tcp("outside-cgroup", sentence, "attach to a cgroup that holds it (`up --cgroup`)")
+        return tcp(
+            "outside-cgroup",
+            sentence,
+            "run `underpass down`, then `underpass up --cgroup PATH` for one that holds it",
+        )
     sentence = "Both ends are here, but the connection was opened before underpass was up."
     return tcp("opened-before-up", sentence, "reconnect: restart the client or its pool")
 
@@ -195,7 +203,11 @@ def _outlook(client: Target, server: Target, state: str, sockets: list[Socket]) 
         return none(Reason.NOT_LOCAL.word, sentence, "check the address and port")
     if not any(s.covered for s in listeners):
         sentence = "The listener's process is outside the cgroup that underpass is attached to."
-        return none("outside-cgroup", sentence, "attach to a cgroup that holds it (`up --cgroup`)")
+        return none(
+            "outside-cgroup",
+            sentence,
+            "run `underpass down`, then `underpass up --cgroup PATH` for one that holds it",
+        )
     if state != "active":
         return none(state, f"underpass is {state}: it would take TCP.", "run `underpass resume`")
     sentence = "A listener of this node is ready: a new connection would take the shortcut."

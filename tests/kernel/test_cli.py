@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 
 from tests.kernel.bed import CLIENT4, SERVER4, Bed
 from tests.kernel.commands import command, finish, start, underpass
@@ -67,6 +68,26 @@ def test_status_and_connections_follow_the_traffic(bed: Bed) -> None:
     assert f"{SERVER4}:{PORT}" in text
     assert "shortcut" in text
     assert underpass(bed.pins, "status").ok().out
+
+
+def test_next_steps_can_be_run_as_they_are(bed: Bed) -> None:
+    """Claim: with `--pins`, commands that a message names are for the same pins."""
+
+    def step(text: str) -> list[str]:
+        program, *words = shlex.split(re.findall("`(.*?)`", text)[-1])
+        assert program == "underpass"
+        return words
+
+    for words in (("status",), ("explain", CLIENT4, SERVER4)):
+        assert step(underpass(bed.pins, *words).ok().out)[:3] == ["--pins", str(bed.pins), "up"]
+    [found] = underpass(bed.pins, "explain", CLIENT4, SERVER4, "--json").document()["findings"]
+    assert step(found["next_step"])[:2] == ["--pins", str(bed.pins)]
+    assert step(underpass(bed.pins, "pause").failed(1).err)[:2] == ["--pins", str(bed.pins)]
+    assert step(underpass(bed.pins, "fly").failed(2).err) == ["--help"]
+    assert step(underpass(bed.pins, "up", "--fly").failed(2).err)[2:] == ["up", "--help"]
+    underpass(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup).ok()
+    back = step(underpass(bed.pins, "pause").ok().out)
+    assert underpass(bed.pins, *back[2:]).ok().out == "underpass is active\n"
 
 
 def test_up_twice_changes_nothing(bed: Bed) -> None:
@@ -154,7 +175,7 @@ def test_a_down_that_cannot_finish_says_so(bed: Bed) -> None:
 def test_explain_tells_why(bed: Bed) -> None:
     """Claim: `explain` names the path and the reason before, on and beside the shortcut."""
     words = ("explain", CLIENT4, f"{SERVER4}:{PORT}")
-    assert "underpass up" in underpass(bed.pins, *words).ok().out
+    assert f"--pins {bed.pins} up" in underpass(bed.pins, *words).ok().out
     underpass(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup).ok()
     near, far = couple(bed.worker("client"), bed.worker("server"), (SERVER4, PORT))
     exchange(near, far, 1)

@@ -156,7 +156,7 @@ def test_sockets_that_another_map_holds(bed: Bed) -> None:
 @pytest.mark.parametrize("word", ["pause", "resume"])
 def test_nothing_to_pause(bed: Bed, word: str) -> None:
     """Claim: `pause` and `resume` with nothing up fail in one line that tells what to do."""
-    underpass(bed.pins, word).failed(FAILED, "underpass up")
+    underpass(bed.pins, word).failed(FAILED, f"run `underpass --pins {bed.pins} up`")
 
 
 @pytest.mark.parametrize("text", ["capacity = 0", "speed = 1", "budget_bytes = 1e9", "]"])

@@ -126,7 +126,7 @@ def test_a_failed_upgrade_changes_nothing(
 
 def test_nothing_to_upgrade(bed: Bed) -> None:
     """Claim: without a generation `upgrade` says so and does nothing."""
-    underpass(bed.pins, "upgrade").failed(1, "no generation", "underpass up")
+    underpass(bed.pins, "upgrade").failed(1, "no generation", " up`")
     assert list(BPFFS.glob(f"{bed.name}*")) == []
 
 

@@ -13,6 +13,7 @@ from underpass import __version__
 from underpass.cli import output
 from underpass.errors import UnderpassError, Usage
 
+_USUAL_PINS = Path("/sys/fs/bpf/underpass")  # dataplane.DEFAULT_PINS, which is slow to import
 #: Command -> module of this package that holds it, imported when it is used.
 _COMMANDS = {
     "up": "up",
@@ -49,7 +50,7 @@ class _Commands(click.Group):
 @click.option(
     "--pins",
     type=click.Path(path_type=Path, readable=False),
-    default=Path("/sys/fs/bpf/underpass"),
+    default=_USUAL_PINS,
     show_default=True,
     help="Pin directory of the generation to act on (in a bpffs).",
 )
@@ -74,6 +75,8 @@ def cli(ctx: click.Context, pins: Path) -> None:
     ctx.obj = Path(os.path.normpath(pins.absolute()))
     if not ctx.obj.name:
         raise Usage("pin in", ctx.obj, "it has no name", "name a directory in a bpffs")
+    if ctx.obj != _USUAL_PINS:
+        output.act_on(ctx.obj)
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ def connections(pins: Path, as_json: bool) -> None:
         output.print_json(pairs)
         return
     if not pairs:
-        click.echo("no open pairs" if up else "no open pairs: underpass is not up")
+        output.say("no open pairs" if up else "no open pairs: underpass is not up")
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("CLIENT", "NETNS", "SERVER", "NETNS", "CLIENT TO SERVER", "SERVER TO CLIENT"):

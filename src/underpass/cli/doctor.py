@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -23,7 +24,8 @@ def doctor(pins: Path, as_json: bool) -> int:
     """
     found: list[features.Check] = []
     console = output.console(markup=True)
-    for check in features.checks(pins):
+    for checked in features.checks(pins):
+        check = replace(checked, next_step=output.runnable(checked.next_step))
         if not as_json:
             if not found or found[-1].group != check.group:
                 console.print(f"[bold]{check.group}[/]")

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from underpass import dataplane, selftest
+from underpass.cli import output
 from underpass.errors import UnderpassError
 
 
@@ -47,4 +48,4 @@ def down(pins: Path, timeout: float) -> None:
         shown = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
         cause = f"{len(left)} endpoints still hold unread bytes and go on working: {shown}"
         raise UnderpassError("finish draining", pins, cause, "run `underpass down` again")
-    click.echo("underpass is down" if was_up else "underpass was not up")
+    output.say("underpass is down" if was_up else "underpass was not up")

@@ -37,7 +37,10 @@ def explain(pins: Path, client: str, server: str, as_json: bool) -> None:
             pairs = [pair for plane in planes for pair in plane.pairs()]
     except NotLoaded:
         pass
-    findings = words.explain(one, other, state, pairs, sockets)
+    findings = [
+        replace(f, sentence=output.runnable(f.sentence), next_step=output.runnable(f.next_step))
+        for f in words.explain(one, other, state, pairs, sockets)
+    ]
     if as_json:
         output.print_json(
             {"client": str(one), "server": str(other), "state": state, "findings": findings}
@@ -47,7 +50,7 @@ def explain(pins: Path, client: str, server: str, as_json: bool) -> None:
     for finding in findings:
         if finding.subject != subject:
             subject = finding.subject
-            click.echo(subject)
-        click.echo(f"  {finding.path}: {finding.sentence}")
+            output.say(subject)
+        output.say(f"  {finding.path}: {finding.sentence}")
         if finding.next_step != "nothing to do":
-            click.echo(f"    next: {finding.next_step}")
+            output.say(f"    next: {finding.next_step}")

@@ -44,7 +44,7 @@ def list_(pins: Path, as_json: bool) -> None:
         output.print_json(programs)
         return
     if not programs:
-        click.echo("no program has been seen yet")
+        output.say("no program has been seen yet")
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("PROGRAM", "VERDICT", "WHY", "ID", "COMMAND"):
@@ -64,7 +64,7 @@ def _progress(program: Program, observe: float) -> str:
 def _apply(pins: Path, name: str, rule: Rule, done: str) -> None:
     count = dataplane.set_rule(pins, name, rule)
     known = f"{count} known" if count else "none known yet"
-    click.echo(f"{name} is {done} ({known})")
+    output.say(f"{name} is {done} ({known})")
 
 
 @guard.command(short_help="Let PROGRAM take the shortcut, whatever it does.")
@@ -91,4 +91,4 @@ def forget(pins: Path, program: str) -> None:
     if not dataplane.forget(pins, program):
         step = "run `underpass guard list`"
         raise UnderpassError("forget", program, "no such program has been seen", step)
-    click.echo(f"{program} is watched anew")
+    output.say(f"{program} is watched anew")

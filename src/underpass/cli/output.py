@@ -5,7 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import shlex
 import sys
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import click
@@ -14,6 +18,27 @@ from rich.console import Console
 from underpass.model import plain
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+#: The option that commands in next steps need, with a blank after it; empty: none.
+_PINS: ContextVar[str] = ContextVar("pins", default="")
+#: Where it goes: in a command in backticks, unless that makes pins of its own.
+_COMMAND = re.compile(r"`underpass (?=[a-z])(?!bench|torture)")
+
+
+def act_on(pins: Path) -> None:
+    """From now on next steps say that they are for ``pins``, which is not the usual place."""
+    if str(pins).isprintable():
+        _PINS.set(f"--pins {shlex.quote(str(pins))} ")
+
+
+def runnable(text: str) -> str:
+    """``text`` with every command of ours in backticks as it has to be typed here."""
+    return _COMMAND.sub(lambda found: found[0] + _PINS.get(), text)
+
+
+def say(line: str) -> None:
+    """Print a line of people's text on stdout."""
+    click.echo(runnable(line))
 
 
 def open_streams() -> None:
@@ -52,7 +77,7 @@ def print_json(value: Any) -> None:
 def fail(line: str, code: int) -> NoReturn:
     """Print the one line of an error on stderr and exit."""
     try:
-        click.echo("underpass: " + " ".join(line.split()), err=True)
+        click.echo("underpass: " + " ".join(runnable(line).split()), err=True)
     except OSError:
         silence(sys.stderr)
     sys.exit(code)

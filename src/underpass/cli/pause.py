@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from underpass import dataplane
+from underpass.cli import output
 
 
 @click.command(short_help="Send everything by TCP at once; pairs are kept.")
@@ -14,7 +15,7 @@ from underpass import dataplane
 def pause(pins: Path) -> None:
     """Send everything by TCP at once; pairs are kept, nothing is lost."""
     dataplane.pause(pins, True)
-    click.echo("underpass is paused: every message takes TCP; `underpass resume` goes back")
+    output.say("underpass is paused: every message takes TCP; `underpass resume` goes back")
 
 
 @click.command(short_help="Let pairs use the shortcut again.")
@@ -22,4 +23,4 @@ def pause(pins: Path) -> None:
 def resume(pins: Path) -> None:
     """Let pairs use the shortcut again, each once its reader has read what went by TCP."""
     dataplane.pause(pins, False)
-    click.echo("underpass is active")
+    output.say("underpass is active")

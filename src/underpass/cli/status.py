@@ -65,7 +65,7 @@ def status(pins: Path, as_json: bool) -> None:
     if found["state"] != "absent":
         carried = output.size(counters.shortcut_bytes_total)
         gone = "" if found["attached"] else "  (has gone: run `underpass up` again)"
-        table.add_row("cgroup", found["cgroup"] + gone)
+        table.add_row("cgroup", output.runnable(found["cgroup"] + gone))
         table.add_row("version", found["version"])
         table.add_row("open pairs", f"{found['open_pairs']} of {found['capacity']}")
         for old in found["generations"][1:]:
@@ -78,7 +78,7 @@ def status(pins: Path, as_json: bool) -> None:
         _add_reasons(table, "by TCP", counters.tcp_messages_total, "messages")
         _add_reasons(table, "not paired", counters.refused_total, "sockets")
     else:
-        table.add_row("next step", "`underpass up`")
+        table.add_row("next step", output.runnable("`underpass up`"))
     output.console().print(table)
 
 

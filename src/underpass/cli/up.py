@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from underpass import config, dataplane, namespaces, selftest
+from underpass.cli import output
 from underpass.errors import UnderpassError, Unsupported
 
 admit_unknown = click.option(
@@ -46,7 +47,7 @@ def up(pins: Path, cgroup: Path | None, config_path: Path | None, admit: bool) -
     subtree = namespaces.check_cgroup(cgroup or namespaces.find_cgroup2())
     broken = pins.exists() or fionread_broken()
     changed = dataplane.up(pins, subtree, settings, fionread_broken=broken)
-    click.echo(f"underpass is {'up' if changed else 'already up'} on {subtree}")
+    output.say(f"underpass is {'up' if changed else 'already up'} on {subtree}")
 
 
 def fionread_broken() -> bool:

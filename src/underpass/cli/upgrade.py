@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from underpass import config, dataplane
+from underpass.cli import output
 from underpass.cli.up import admit_unknown, fionread_broken
 
 
@@ -32,4 +33,4 @@ def upgrade(pins: Path, config_path: Path | None, admit: bool) -> None:
         settings = replace(settings, admit_unknown=True)
     left = dataplane.upgrade(pins, settings, fionread_broken=fionread_broken())
     stay = f"; {left} pairs stay with the old until they close" if left else ""
-    click.echo(f"underpass is upgraded{stay}")
+    output.say(f"underpass is upgraded{stay}")
