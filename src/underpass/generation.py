@@ -390,6 +390,10 @@ class Dataplane:
         ordered = sorted(found, key=lambda item: -item[1].first_seen)
         return [programs.describe(k.value, p, self.about.knobs.observe_ns) for k, p in ordered]
 
+    def unseen(self) -> list[Program]:
+        """Rules about programs that are not known, as if they were."""
+        return programs.unseen(self.rules(), self.programs())
+
     def rules(self) -> dict[tuple[int, bytes], int]:
         """(key, name) -> rule; either the key is 0 or the name empty."""
         found = libbpf.items(self.fd("rules"), abi.RuleKey, abi.u32)
@@ -399,6 +403,12 @@ class Dataplane:
         """The programs of this name, or the one of this id."""
         found = libbpf.items(self.fd("programs"), abi.u64, abi.Program)
         return [(k, p) for k, p in found if name in (programs.id_of(k.value), programs.name_of(p))]
+
+    def _key(self, name: str) -> int:
+        """The key of the program or the rule whose id ``name`` is; 0 if it is none's."""
+        known = [key.value for key, _ in self._known(name)]
+        keys = [*known, *(key for key, _ in self.rules() if key)]
+        return next((key for key in keys if programs.id_of(key) == name), 0)
 
     def set_rule(self, name: str, rule: Rule) -> int:
         """Allow or deny a program, or (Rule.NONE) take that back; from its next message on.
@@ -410,8 +420,8 @@ class Dataplane:
         Returns:
             How many known programs it is about.
         """
-        ids = [key for key, _ in self._known(name) if programs.id_of(key.value) == name]
-        at = abi.RuleKey(program=ids[0].value) if ids else abi.RuleKey(name=name.encode())
+        key_of_id = self._key(name)
+        at = abi.RuleKey(program=key_of_id) if key_of_id else abi.RuleKey(name=name.encode())
         if rule == Rule.NONE:
             libbpf.delete(self.fd("rules"), at)
         else:
@@ -428,7 +438,7 @@ class Dataplane:
 
         Its entry stays: a server that only accepts would not be entered again.
         """
-        ruled = (0, name.encode()) in self.rules()
+        ruled = bool({(0, name.encode()), (self._key(name), b"")} & self.rules().keys())
         self.set_rule(name, Rule.NONE)
         known = self._known(name)
         for key, program in known:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +23,7 @@ _INTERPRETERS = tuple(
 )
 _NAME, _ARGUMENTS, _COMMAND = 32, 512, 128
 _BLOCK = 64
+_RULED = {Rule.ALLOW: "allowed", Rule.DENY: "denied"}
 
 
 def identify(pid: int) -> tuple[int, abi.Program] | None:
@@ -107,7 +109,7 @@ def name_of(program: abi.Program) -> str:
 def describe(key: int, found: abi.Program, observe_ns: int) -> Program:
     """What `guard list` shows of an element of the map `programs`; mirrors ``admitted()``."""
     signs = Sign(found.signs & sum(Sign))
-    ruled = {Rule.ALLOW: "allowed", Rule.DENY: "denied"}.get(Rule(found.rule & 3))
+    ruled = _RULED.get(Rule(found.rule & 3))
     admitted = "admitted" if found.active_ns >= observe_ns else "watched"
     return Program(
         id=id_of(key),
@@ -120,6 +122,36 @@ def describe(key: int, found: abi.Program, observe_ns: int) -> Program:
         observed_seconds=round(found.active_ns / 1e9, 1),
         pid=found.pid,
     )
+
+
+def unseen(rules: dict[tuple[int, bytes], int], known: list[Program]) -> list[Program]:
+    """What `guard list` shows of rules that are about none of the known programs."""
+    ids, names = {p.id for p in known}, {p.name for p in known}
+    found = []
+    for (key, raw), rule in sorted(rules.items()):
+        at, name = id_of(key) if key else "", raw.decode(errors="replace")
+        if at in ids or name in names or Rule(rule) not in _RULED:
+            continue
+        verdict = _RULED[Rule(rule)]
+        found.append(Program(at, name, "", False, verdict, "rule", [], 0.0, 0))
+    return found
+
+
+def in_path(name: str) -> tuple[str, str, bool] | None:
+    """A command as a shell finds it: its path, the name its program goes by, is it a script.
+
+    None if there is none of this name.
+    """
+    path = shutil.which(name)
+    if not path:
+        return None
+    file = Path(path).resolve()
+    try:
+        with file.open("rb") as opened:
+            script = opened.read(2) == b"#!"
+    except OSError:
+        script = False
+    return path, os.fsencode(file.name)[: _NAME - 1].decode(errors="replace"), script
 
 
 def _text(raw: bytes) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ from tests.kernel.commands import underpass
 from tests.kernel.fixtures import MakePlane
 from tests.kernel.remote import Remote, connect, couple, exchange, listen
 from tests.kernel.waiting import wait_until
-from underpass import programs
+from underpass import abi, libbpf, programs
 from underpass.generation import Dataplane
 from underpass.model import Fault, Program, Settings, Sign
 from underpass.torture.patience import patient
@@ -304,6 +306,60 @@ def test_a_denied_name_is_denied_before_it_starts(bed: Bed, plane: MakePlane) ->
     near, far = couple(bed.worker("client"), bed.worker("server"), TO)
     assert not _carried(underpass_, near, far)
     assert _of(underpass_, near.worker).verdict == "denied"
+
+
+def test_a_rule_for_a_program_that_was_never_seen(bed: Bed, plane: MakePlane) -> None:
+    """Claim: it is said that none was seen; the rule is listed, holds, and can be taken back."""
+    underpass_ = plane(Settings(allow=("friend",)))
+    said = underpass(bed.pins, "guard", "deny", "never-seen").ok().out
+    assert "no program never-seen has been seen" in said
+    listed = underpass(bed.pins, "guard", "list", "--json").document()
+    nothing = {"id": "", "pid": 0, "command": "", "by_arguments": False, "observed_seconds": 0.0}
+    for name, verdict in (("friend", "allowed"), ("never-seen", "denied")):
+        entry = {"name": name, "verdict": verdict, "reason": "rule", "signs": [], **nothing}
+        assert entry in listed
+    assert "never-seen" in underpass(bed.pins, "guard", "list").ok().out
+    name = Path("/proc/self/exe").readlink().name
+    underpass(bed.pins, "guard", "deny", name).ok()
+    near, far = couple(bed.worker("client"), bed.worker("server"), TO)
+    assert not _carried(underpass_, near, far)
+    listed = underpass(bed.pins, "guard", "list", "--json").document()
+    assert [p["pid"] != 0 for p in listed if p["name"] == name] == [True, True]
+    for one in ("never-seen", "friend"):
+        underpass(bed.pins, "guard", "forget", one).ok()
+    assert underpass_.unseen() == []
+
+
+def test_a_rule_for_a_program_that_was_evicted(bed: Bed, plane: MakePlane) -> None:
+    """Claim: the rule for one program by its id is listed and taken back without the program."""
+    underpass_ = plane()
+    couple(bed.worker("client"), bed.worker("server"), TO)
+    (program, *_) = underpass_.programs()
+    underpass(bed.pins, "guard", "deny", program.id).ok()
+    libbpf.delete(underpass_.fd("programs"), abi.u64(int(program.id, 16)))
+    [listed] = underpass_.unseen()
+    assert (listed.id, listed.name, listed.verdict) == (program.id, "", "denied")
+    underpass(bed.pins, "guard", "forget", program.id).ok()
+    assert underpass_.rules() == {}
+
+
+def test_a_rule_for_a_link(
+    bed: Bed, plane: MakePlane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Claim: who names a symbolic link, or a script, is told what its program goes by."""
+    underpass_ = plane()
+    near, far = couple(bed.worker("client"), bed.worker("server"), TO)
+    assert _carried(underpass_, near, far)
+    (tmp_path / "our-server").symlink_to(Path("/proc/self/exe").resolve())
+    (tmp_path / "our-script").write_text("#!/bin/sh\n")
+    (tmp_path / "our-script").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    said = underpass(bed.pins, "guard", "deny", "our-server").ok().out
+    step = shlex.split(re.findall("`(.*?)`", said)[0])
+    assert step[1:] == ["--pins", str(bed.pins), "guard", "deny", _of(underpass_, near.worker).name]
+    assert "2 known" in underpass(bed.pins, *step[3:]).ok().out
+    assert not _carried(underpass_, near, far)
+    assert "is a script" in underpass(bed.pins, "guard", "allow", "our-script").ok().out
 
 
 def test_owners_of_standing_listeners_are_found(bed: Bed, plane: MakePlane) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from underpass import dataplane
+from underpass import dataplane, programs
 from underpass.cli import output
 from underpass.errors import UnderpassError
 from underpass.model import Program, Rule
@@ -37,21 +37,26 @@ def guard() -> None:
 @output.json_option
 @click.pass_obj
 def list_(pins: Path, as_json: bool) -> None:
-    """Every program seen so far, the latest first, with its verdict and what led to it."""
+    """Every program seen so far, the latest first, with its verdict and what led to it.
+
+    After them, the rules about programs that have not been seen.
+    """
     with dataplane.Dataplane.open(pins) as plane:
-        programs, observe = plane.programs(), plane.about.knobs.observe_ns / 1e9
+        found = plane.programs() + plane.unseen()
+        observe = plane.about.knobs.observe_ns / 1e9
     if as_json:
-        output.print_json(programs)
+        output.print_json(found)
         return
-    if not programs:
+    if not found:
         output.say("no program has been seen yet")
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("PROGRAM", "VERDICT", "WHY", "ID", "COMMAND"):
         table.add_column(title, overflow="fold", no_wrap=title != "COMMAND")
-    for program in programs:
+    for program in found:
         why = program.reason or _progress(program, observe)
-        table.add_row(program.name, program.verdict, why, program.id, program.command)
+        command = program.command or ("" if program.pid else "(not seen yet)")
+        table.add_row(program.name, program.verdict, why, program.id, command)
     output.console().print(table)
 
 
@@ -63,8 +68,23 @@ def _progress(program: Program, observe: float) -> str:
 
 def _apply(pins: Path, name: str, rule: Rule, done: str) -> None:
     count = dataplane.set_rule(pins, name, rule)
-    known = f"{count} known" if count else "none known yet"
-    output.say(f"{name} is {done} ({known})")
+    if count:
+        output.say(f"{name} is {done} ({count} known)")
+        return
+    output.say(
+        f"no program {name} has been seen yet; the rule is kept: it will be {done} once it runs"
+    )
+    command = programs.in_path(name)
+    if not command:
+        return
+    path, real, script = command
+    if script:
+        output.say(f"{path} is a script: when it has run, use its id in `underpass guard list`")
+    elif real != name:
+        word = "allow" if rule is Rule.ALLOW else "deny"
+        output.say(
+            f"{path} is a link to {real}, and that name counts: `underpass guard {word} {real}`"
+        )
 
 
 @guard.command(short_help="Let PROGRAM take the shortcut, whatever it does.")
