@@ -63,7 +63,7 @@ class Reason(enum.IntEnum):
     OBSERVED = (
         33,
         "observed",
-        "one end's program has not been watched for long enough (`underpass guard list`)",
+        "one end's program was still watched when it was opened (`underpass guard list`)",
     )
     GUARDED = (
         34,

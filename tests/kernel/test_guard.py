@@ -308,6 +308,21 @@ def test_a_denied_name_is_denied_before_it_starts(bed: Bed, plane: MakePlane) ->
     assert _of(underpass_, near.worker).verdict == "denied"
 
 
+def test_status_speaks_of_verdicts(bed: Bed, plane: MakePlane) -> None:
+    """Claim: beside the reasons of connections `status` has the verdict that `guard list` gives."""
+    underpass_ = plane(watch=True)
+    client, server = bed.worker("client"), bed.worker("server")
+    exchange(*couple(client, server, TO), _STREAM, rounds=1)
+    for reason, verdict in (("observed", "watched"), ("guarded", "denied")):
+        assert _of(underpass_, client).verdict == verdict
+        lines = underpass(bed.pins, "status").ok().out.splitlines()
+        [line] = [line for line in lines if reason in line]
+        assert verdict in line
+        assert f"`underpass --pins {bed.pins} guard list`" in line
+        underpass(bed.pins, "guard", "deny", _of(underpass_, client).id).ok()
+        exchange(*couple(client, server, (SERVER4, 8081)), _STREAM, rounds=1)
+
+
 def test_a_rule_for_a_program_that_was_never_seen(bed: Bed, plane: MakePlane) -> None:
     """Claim: it is said that none was seen; the rule is listed, holds, and can be taken back."""
     underpass_ = plane(Settings(allow=("friend",)))

@@ -124,6 +124,26 @@ def test_a_failed_upgrade_changes_nothing(
     wait_gone(objects)
 
 
+def test_status_of_a_retired_generation(bed: Bed, plane: MakePlane) -> None:
+    """Claim: `status` tells what a retired generation holds; with nothing left, what ends it."""
+    plane()
+    ends = couple(bed.worker("client"), bed.worker("server"), (SERVER4, 8080))
+    exchange(*ends, 1)
+    dataplane.upgrade(bed.pins)
+    assert "still holds 1 pairs" in underpass(bed.pins, "status").ok().out
+    for end in ends:
+        end.close()
+    with Dataplane.open(dataplane.retired(bed.pins)[0]) as old:
+        wait_until(lambda: old.endpoints() == [], "the pair has closed")
+    for _ in range(2):  # and does nothing about it
+        said = underpass(bed.pins, "status").ok().out
+        assert "still holds" not in said
+        assert "goes with the next up, upgrade or down" in said
+        assert len(dataplane.retired(bed.pins)) == 1
+    underpass(bed.pins, "up", "--cgroup", bed.cgroup).ok()
+    assert "(upgraded)" not in underpass(bed.pins, "status").ok().out
+
+
 def test_nothing_to_upgrade(bed: Bed) -> None:
     """Claim: without a generation `upgrade` says so and does nothing."""
     underpass(bed.pins, "upgrade").failed(1, "no generation", " up`")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -81,10 +82,8 @@ def _apply(pins: Path, name: str, rule: Rule, done: str) -> None:
     if script:
         output.say(f"{path} is a script: when it has run, use its id in `underpass guard list`")
     elif real != name:
-        word = "allow" if rule is Rule.ALLOW else "deny"
-        output.say(
-            f"{path} is a link to {real}, and that name counts: `underpass guard {word} {real}`"
-        )
+        words = shlex.join(["underpass", "guard", "allow" if rule is Rule.ALLOW else "deny", real])
+        output.say(f"{path} is a link to {real}, and that name counts: `{words}`")
 
 
 @guard.command(short_help="Let PROGRAM take the shortcut, whatever it does.")

@@ -8,12 +8,28 @@ from typing import Any
 import click
 from rich.table import Table
 
-from underpass import __version__, dataplane
+from underpass import __version__, dataplane, records
 from underpass.cli import output
 from underpass.errors import NotLoaded
-from underpass.model import REFUSALS, TCP_REASONS, Counters
+from underpass.model import REFUSALS, TCP_REASONS, Counters, Reason
 
 _NOTHING = Counters(0, 0, 0, {r.word: 0 for r in TCP_REASONS}, {r.word: 0 for r in REFUSALS})
+#: What `guard list` calls the programs behind these reasons.
+_VERDICTS = {
+    Reason.OBSERVED.word: " (a program was watched: `underpass guard list`)",
+    Reason.GUARDED.word: " (a program was kept-out or denied: `underpass guard list`)",
+}
+
+
+def _generation(plane: dataplane.Dataplane) -> dict[str, Any]:
+    endpoints = plane.endpoints()
+    return {
+        "pins": str(plane.pins),
+        "generation": plane.number,
+        "version": plane.version,
+        "open_pairs": len(records.matched(endpoints)),
+        "endpoints": len(endpoints),
+    }
 
 
 def read(pins: Path) -> dict[str, Any]:
@@ -21,10 +37,7 @@ def read(pins: Path) -> dict[str, Any]:
     try:
         with dataplane.opened(pins) as planes:
             plane = planes[0]
-            each = [
-                {"pins": str(p.pins), "generation": p.number, "version": p.version, "open_pairs": n}
-                for p, n in ((p, p.open_pairs()) for p in planes)
-            ]
+            each = [_generation(one) for one in planes]
             return {
                 "state": plane.state,
                 "cgroup": str(plane.cgroup),
@@ -69,10 +82,7 @@ def status(pins: Path, as_json: bool) -> None:
         table.add_row("version", found["version"])
         table.add_row("open pairs", f"{found['open_pairs']} of {found['capacity']}")
         for old in found["generations"][1:]:
-            held = (
-                f"generation {old['generation']} (upgraded) still holds {old['open_pairs']} pairs"
-            )
-            table.add_row("", held)
+            table.add_row("", f"generation {old['generation']} (upgraded) {_held(old)}")
         table.add_row("pairs so far", str(counters.pairs_total))
         table.add_row("by shortcut", f"{counters.shortcut_messages_total} messages, {carried}")
         _add_reasons(table, "by TCP", counters.tcp_messages_total, "messages")
@@ -82,10 +92,18 @@ def status(pins: Path, as_json: bool) -> None:
     output.console().print(table)
 
 
+def _held(old: dict[str, Any]) -> str:
+    if old["open_pairs"]:
+        return f"still holds {old['open_pairs']} pairs"
+    if old["endpoints"]:
+        return f"still holds {old['endpoints']} sockets whose other end has left"
+    return "holds nothing any more; it goes with the next up, upgrade or down"
+
+
 def _add_reasons(table: Table, title: str, counts: dict[str, int], unit: str) -> None:
     seen = [(word, n) for word, n in counts.items() if n]
     if not seen:
         table.add_row(title, f"0 {unit}")
     for word, n in seen:
-        table.add_row(title, f"{n} {unit}: {word}")
+        table.add_row(title, output.runnable(f"{n} {unit}: {word}{_VERDICTS.get(word, '')}"))
         title = ""
