@@ -5,13 +5,24 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from underpass.errors import Usage
-from underpass.model import Pair, Reason, Socket
+from underpass.model import REFUSALS, Pair, Program, Reason, Socket
 
-#: What a socket's own reason means before it has any.
-_SILENT = (Reason.SHORTCUT, Reason.NO_MESSAGE, Reason.UNPAIRED)
+#: Reasons that only say that the other end has one.
+_SECOND_HAND = (Reason.PEER_GONE, Reason.PEER_REFUSED)
+#: Verdicts on programs that lead to these reasons.
+_VERDICTS = {
+    Reason.OBSERVED: ("watched",),
+    Reason.GUARDED: ("kept-out", "denied"),
+    Reason.MARKED: ("kept-out", "denied"),
+}
+_AGAIN = "reconnect to try again"
+_OUTSIDE_STEP = "run `underpass down`, then `underpass up --cgroup PATH` for one that holds it"
+
+_Cause = tuple[str, str, str]  # reason, sentence, next step
 
 
 @dataclass(frozen=True)
@@ -32,13 +43,17 @@ class Target:
 
 @dataclass(frozen=True)
 class Finding:
-    """One connection, or the outlook for one: ``path`` is ``shortcut``, ``tcp`` or ``none``."""
+    """One connection, or the outlook for one: ``path`` is ``shortcut``, ``tcp`` or ``none``.
+
+    ``programs`` are those for whose sake it takes TCP.
+    """
 
     subject: str
     path: str
     reason: str
     sentence: str
     next_step: str
+    programs: tuple[Program, ...] = ()
 
 
 def parse(text: str) -> Target:
@@ -68,41 +83,107 @@ def parse(text: str) -> Target:
     return Target(str(address), number)
 
 
-def explain(
-    client: Target, server: Target, state: str, pairs: list[Pair], sockets: list[Socket]
-) -> list[Finding]:
+@dataclass(frozen=True)
+class View:
+    """What there is to explain from.
+
+    Attributes:
+        state: ``absent``, ``active``, ``paused`` or ``draining``.
+        pairs: open pairs.
+        sockets: every TCP socket of the node's network namespaces.
+        programs: what the guard knows, by their keys.
+    """
+
+    state: str
+    pairs: list[Pair]
+    sockets: list[Socket]
+    programs: Mapping[int, Program]
+
+
+def merged(listings: list[list[Socket]]) -> list[Socket]:
+    """The sockets that the generations list, each with what the one that took it in knows of it.
+
+    Args:
+        listings: of each generation, the one in charge first.
+    """
+    places = [{_place(s): s for s in listing} for listing in listings[1:]]
+    found = []
+    for sock in listings[0] if listings else []:
+        others = [place[_place(sock)] for place in places if _place(sock) in place]
+        knows = max((sock, *others), key=_knowledge)
+        if sock.listening or (knows.cookie and sock.cookie and knows.cookie != sock.cookie):
+            knows = sock  # a listener is the present one's; another cookie is another socket
+        found.append(
+            replace(
+                sock,
+                role=knows.role,
+                reason=knows.reason,
+                cookie=knows.cookie,
+                peer=knows.peer,
+                program=knows.program,
+            )
+        )
+    return found
+
+
+def _place(sock: Socket) -> tuple[object, ...]:
+    return sock.endpoint, sock.remote_address, sock.remote_port, sock.listening
+
+
+def _knowledge(sock: Socket) -> tuple[bool, ...]:
+    return sock.role != 0, sock.reason is not Reason.SHORTCUT, sock.program != 0
+
+
+class _Ends:
+    """Finds the socket at the other end of a connection."""
+
+    def __init__(self, sockets: list[Socket]) -> None:
+        connected = [s for s in sockets if not s.listening]
+        self._of_cookie = {s.cookie: s for s in connected if s.cookie}
+        self._of_peer = {s.peer: s for s in connected if s.peer}
+        self._facing = defaultdict(list)
+        for sock in connected:
+            self._facing[sock.remote_address, sock.remote_port].append(sock)
+
+    def of(self, sock: Socket) -> list[Socket]:
+        """One if it is known for sure, else all that may be it."""
+        peer = self._of_cookie.get(sock.peer) or (sock.cookie and self._of_peer.get(sock.cookie))
+        if peer:
+            return [peer]
+        facing = self._facing[sock.endpoint.address, sock.endpoint.port]
+        return [s for s in facing if s.endpoint.port != sock.endpoint.port]
+
+
+def explain(client: Target, server: Target, view: View) -> list[Finding]:
     """Findings for every open connection from ``client`` to ``server``; else the outlook.
 
     Args:
         client: the connecting side, as its own socket sees it.
         server: where it connects to: the server's own address or a service address.
-        state: ``absent``, ``active``, ``paused`` or ``draining``.
-        pairs: open pairs.
-        sockets: every TCP socket of the node's network namespaces.
+        view: what the kernel and the guard tell.
     """
-    accepting = {(s.endpoint.netns, s.endpoint.port) for s in sockets if s.listening}
+    accepting = {(s.endpoint.netns, s.endpoint.port) for s in view.sockets if s.listening}
     ours = [
         s
-        for s in sockets
+        for s in view.sockets
         if not s.listening
         and (s.endpoint.netns, s.endpoint.port) not in accepting
         and client.matches(s.endpoint.address, s.endpoint.port)
         and server.matches(s.remote_address, s.remote_port)
     ]
-    facing = defaultdict(list)
-    for sock in sockets:
-        if not sock.listening:
-            facing[sock.remote_address, sock.remote_port].append(sock)
-    known = {(p.client.netns, p.client.address, p.client.port): p for p in pairs}
+    ends = _Ends(view.sockets)
+    known = {(p.client.netns, p.client.address, p.client.port): p for p in view.pairs}
     findings = []
     for sock in ours:
         subject = f"{sock.endpoint} -> {Target(sock.remote_address, sock.remote_port)}"
         pair = known.get((sock.endpoint.netns, sock.endpoint.address, sock.endpoint.port))
+        others = ends.of(sock)
         if pair and sock.in_map:
-            findings += _of_pair(subject, pair)
+            found = _of_pair(subject, pair)
         else:
-            findings.append(_unpaired(subject, sock, state, facing))
-    return findings or [_outlook(client, server, state, sockets)]
+            found = [_unpaired(subject, sock, view.state, others)]
+        findings += [_with_programs(f, sock, others, view.programs) for f in found]
+    return findings or [_outlook(client, server, view.state, view.sockets)]
 
 
 def _of_pair(subject: str, pair: Pair) -> list[Finding]:
@@ -131,53 +212,104 @@ def _step(reason: Reason) -> str:
     return steps.get(reason, "nothing to do")
 
 
-_REFUSED_STEPS = {
-    Reason.OBSERVED: "reconnect once `underpass guard list` says admitted",
-    Reason.GUARDED: "see `underpass guard list`; `underpass guard allow` overrules it",
-}
+def _unpaired(subject: str, sock: Socket, state: str, others: list[Socket]) -> Finding:
+    """Why it is in no pair; ``others`` may be its other end."""
+    cause = (
+        _outside(sock, state, others)
+        or _refused(sock, others)
+        or _left(sock, others)
+        or _never_in(sock, others)
+    )
+    return Finding(subject, "tcp", *cause)
 
 
-def _unpaired(
-    subject: str, sock: Socket, state: str, facing: dict[tuple[str, int], list[Socket]]
-) -> Finding:
-    """Why it is in no pair; ``facing`` are the connected sockets by their remote end."""
-
-    def tcp(reason: str, sentence: str, step: str) -> Finding:
-        return Finding(subject, "tcp", reason, sentence, step)
-
+def _outside(sock: Socket, state: str, others: list[Socket]) -> _Cause | None:
     if state == "absent":
-        return tcp("absent", "underpass is not up, everything takes TCP.", "run `underpass up`")
-    if not sock.covered:
-        sentence = "The client's process is outside the cgroup that underpass is attached to."
-        return tcp(
-            "outside-cgroup",
-            sentence,
-            "run `underpass down`, then `underpass up --cgroup PATH` for one that holds it",
-        )
-    if sock.reason not in _SILENT:
-        word, meaning = sock.reason.word, sock.reason.meaning
-        sentence = f"It is not in the map: {meaning}."
-        return tcp(word, sentence, _REFUSED_STEPS.get(sock.reason, "reconnect to try again"))
-    others = [
-        s
-        for s in facing.get((sock.endpoint.address, sock.endpoint.port), ())
-        if s.endpoint.port != sock.endpoint.port
-    ]
+        return "absent", "underpass is not up, everything takes TCP.", "run `underpass up`"
+    if sock.covered and (not others or any(s.covered for s in others)):
+        return None
+    end = "server" if sock.covered else "client"
+    sentence = f"The {end}'s process is outside the cgroup that underpass is attached to."
+    return "outside-cgroup", sentence, _OUTSIDE_STEP
+
+
+def _refused(sock: Socket, others: list[Socket]) -> _Cause | None:
+    """What one of the two ends says of itself."""
+    own, other = _refusal(sock), _refusal(others[0]) if len(others) == 1 else None
+    if own and (own not in _SECOND_HAND or not other):
+        return own.word, f"It is not in the map: {own.meaning}.", _AGAIN
+    if other:
+        return other.word, f"The server's end is not in the map: {other.meaning}.", _AGAIN
+    return None
+
+
+def _refusal(sock: Socket) -> Reason | None:
+    """Why it is not in the map, as far as it says; while it is there, its reason is a message's."""
+    tells = sock.reason in REFUSALS or sock.reason is Reason.PEER_GONE
+    return sock.reason if tells and not sock.in_map else None
+
+
+def _left(sock: Socket, others: list[Socket]) -> _Cause | None:
+    """It was in the map, and nobody says why it is in no pair now."""
+    if not sock.role:
+        return None
+    if not others:
+        return Reason.PEER_GONE.word, "It was proven; its other end has closed.", "nothing to do"
+    sentence = (
+        "It was proven, and left the map as its generation drained: by a `down` that did not "
+        "finish, or to make room in an upgrade."
+    )
+    return "drained", sentence, _AGAIN
+
+
+def _never_in(sock: Socket, others: list[Socket]) -> _Cause:
     if not others:
         sentence = (
             "No socket of this node is its other end: the server is on another node "
             "(or the client's address is rewritten on the way and the pair was not proven)."
         )
-        return tcp(Reason.NOT_LOCAL.word, sentence, "nothing to do: it is plain TCP, untouched")
-    if not any(s.covered for s in others):
-        sentence = "The server's process is outside the cgroup that underpass is attached to."
-        return tcp(
-            "outside-cgroup",
-            sentence,
-            "run `underpass down`, then `underpass up --cgroup PATH` for one that holds it",
+        return Reason.NOT_LOCAL.word, sentence, "nothing to do: it is plain TCP, untouched"
+    if sock.program:
+        sentence = (
+            "Both ends are here, but the pair was not proven: its handshake was like another's, "
+            "or was answered with a SYN cookie, or carried data, or an upgrade came in between."
         )
-    sentence = "Both ends are here, but the connection was opened before underpass was up."
-    return tcp("opened-before-up", sentence, "reconnect: restart the client or its pool")
+        return "not-proven", sentence, _AGAIN
+    sentence = (
+        "Both ends are here, but the connection was opened before underpass was up, "
+        "or by a generation that has been replaced."
+    )
+    return "opened-before-up", sentence, "reconnect: restart the client or its pool"
+
+
+def _with_programs(
+    finding: Finding, sock: Socket, others: list[Socket], programs: Mapping[int, Program]
+) -> Finding:
+    """Names the programs that are the reason; those that no longer are, if none is."""
+    verdicts = next((v for reason, v in _VERDICTS.items() if reason.word == finding.reason), ())
+    if not verdicts:
+        return finding
+    ends = [("client", sock), *(("server", other) for other in others[:1])]
+    known = [(end, programs[s.program]) for end, s in ends if s.program in programs]
+    guilty = [(end, p) for end, p in known if p.verdict in verdicts]
+    named = [_name(*one) for one in guilty or known]
+    if not named:
+        return finding
+    sentence = f"{finding.sentence} {'' if guilty else 'By now: '}{', '.join(named)}."
+    step = _AGAIN
+    if guilty:
+        ids = [p.id for _, p in guilty]
+        step = (
+            "reconnect once `underpass guard list` says admitted"
+            if finding.reason == Reason.OBSERVED.word
+            else f"see `underpass guard list`; `underpass guard allow {ids[0]}` overrules it"
+        )
+    return replace(finding, sentence=sentence, next_step=step, programs=tuple(p for _, p in guilty))
+
+
+def _name(end: str, program: Program) -> str:
+    why = f" ({program.reason})" if program.reason else ""
+    return f"the {end}'s program {program.name}, id {program.id}, is {program.verdict}{why}"
 
 
 def _outlook(client: Target, server: Target, state: str, sockets: list[Socket]) -> Finding:
@@ -203,14 +335,13 @@ def _outlook(client: Target, server: Target, state: str, sockets: list[Socket]) 
         return none(Reason.NOT_LOCAL.word, sentence, "check the address and port")
     if not any(s.covered for s in listeners):
         sentence = "The listener's process is outside the cgroup that underpass is attached to."
-        return none(
-            "outside-cgroup",
-            sentence,
-            "run `underpass down`, then `underpass up --cgroup PATH` for one that holds it",
-        )
+        return none("outside-cgroup", sentence, _OUTSIDE_STEP)
     if state != "active":
         return none(state, f"underpass is {state}: it would take TCP.", "run `underpass resume`")
-    sentence = "A listener of this node is ready: a new connection would take the shortcut."
+    sentence = (
+        "A listener of this node is ready: a new connection would take the shortcut, "
+        "if the programs at both ends are admitted."
+    )
     if not any(s.armed for s in listeners):
         sentence += (
             " The listener stood before and could not be armed: one that it answers with a "

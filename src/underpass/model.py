@@ -241,7 +241,22 @@ class Program:
 
 @dataclass(frozen=True)
 class Socket:
-    """A TCP socket as `explain` sees it, whether or not underpass holds it."""
+    """A TCP socket as `explain` sees it, whether or not underpass holds it.
+
+    Attributes:
+        endpoint: its own end.
+        remote_address: of the other end, as it sees it.
+        remote_port: of the other end.
+        listening: it accepts connections.
+        in_map: the shortcut's map holds it.
+        covered: its process is inside the attached cgroup.
+        armed: it answers SYNs with the proof callback.
+        role: client or server (``abi.CLIENT``, ``abi.SERVER``) if it was ever in the map, else 0.
+        reason: of its last message, or why it is not in the map; SHORTCUT if nothing is known.
+        cookie: the kernel's number for it, 0 if it has none.
+        peer: cookie of the other end, 0 if it is not paired.
+        program: key of its program, 0 if it is not known.
+    """
 
     endpoint: Endpoint
     remote_address: str
@@ -254,6 +269,7 @@ class Socket:
     reason: Reason
     cookie: int
     peer: int
+    program: int = 0
 
 
 def plain(value: Any) -> Any:

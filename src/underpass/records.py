@@ -80,4 +80,5 @@ def socket_of(record: abi.Record, names: dict[int, str], held: set[int]) -> Sock
         reason=_reason(record),
         cookie=record.cookie,
         peer=record.peer,
+        program=record.program,
     )

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from underpass.errors import Usage
-from underpass.explain import Finding, Target, explain, parse
-from underpass.model import Direction, Endpoint, Pair, Reason, Socket
+from underpass.explain import Finding, Target, View, explain, merged, parse
+from underpass.model import Direction, Endpoint, Pair, Program, Reason, Socket
 
 CLIENT, SERVER = Target("10.0.0.1", None), Target("10.0.0.2", 80)
 LISTENER = Socket(
@@ -41,9 +41,13 @@ FAR = replace(
     cookie=3,
 )
 
+PAIRED = replace(SOCKET, role=1, peer=FAR.cookie)
+GONE = replace(PAIRED, reason=Reason.PEER_GONE)
+PROGRAM = Program("0000000000000005", "redis", "", False, "denied", "rule", [], 0.0, 9)
+
 
 def _one(state: str, *sockets: Socket) -> Finding:
-    [finding] = explain(CLIENT, SERVER, state, [], list(sockets))
+    [finding] = explain(CLIENT, SERVER, View(state, [], list(sockets), {}))
     assert finding.sentence.endswith(".")
     assert finding.next_step
     return finding
@@ -86,6 +90,14 @@ def test_wrong_targets_are_refused(text: str) -> None:
         ("active", [SOCKET], "tcp", "not-local"),
         ("active", [SOCKET, FAR], "tcp", "opened-before-up"),
         ("active", [SOCKET, replace(FAR, covered=False)], "tcp", "outside-cgroup"),
+        ("active", [SOCKET, replace(FAR, reason=Reason.HALF_CLOSED, role=2)], "tcp", "half-closed"),
+        ("active", [PAIRED, replace(FAR, reason=Reason.READER_STUCK)], "tcp", "reader-stuck"),
+        ("active", [replace(PAIRED, in_map=True)], "tcp", "peer-gone"),
+        ("active", [GONE, replace(FAR, reason=Reason.READER_STUCK)], "tcp", "reader-stuck"),
+        ("active", [GONE, replace(FAR, reason=Reason.TCP_UNREAD)], "tcp", "peer-gone"),
+        ("active", [PAIRED, replace(FAR, reason=Reason.PAUSED)], "tcp", "drained"),
+        ("active", [replace(PAIRED, reason=Reason.PAUSED), FAR], "tcp", "drained"),
+        ("active", [replace(SOCKET, program=5), FAR], "tcp", "not-proven"),
     ],
 )
 def test_causes_are_found(state: str, sockets: list[Socket], path: str, reason: str) -> None:
@@ -105,10 +117,56 @@ def test_a_pair_is_explained_each_way() -> None:
     there = Direction("shortcut", "shortcut", 1000, 10, 1)
     back = Direction("tcp", "paused", 0, 0, 3)
     pair = Pair(SOCKET.endpoint, FAR.endpoint, there, back)
-    found = explain(CLIENT, SERVER, "paused", [pair], [replace(SOCKET, in_map=True)])
+    found = explain(CLIENT, SERVER, View("paused", [pair], [replace(SOCKET, in_map=True)], {}))
     assert [(one.path, one.reason) for one in found] == [
         ("shortcut", "shortcut"),
         ("tcp", "paused"),
     ]
     assert "10 messages" in found[0].sentence
     assert found[1].next_step == "run `underpass resume`"
+
+
+def test_an_end_in_another_namespace_is_found_by_its_cookie() -> None:
+    """Claim: of sockets with equal addresses the one that was paired is asked, if one was."""
+    twin = replace(FAR, endpoint=Endpoint("10.0.0.2", 80, "twin"), cookie=4)
+    ends = [replace(FAR, reason=Reason.HALF_CLOSED), replace(twin, reason=Reason.GUARDED)]
+    assert _one("active", PAIRED, *ends).reason == "half-closed"
+    knows = [replace(FAR, peer=SOCKET.cookie, reason=Reason.HALF_CLOSED), ends[1]]
+    assert _one("active", SOCKET, *knows).reason == "half-closed"
+    assert _one("active", SOCKET, *ends).reason == "opened-before-up"
+    translated = replace(ends[0], remote_address="10.0.0.9")
+    assert _one("active", PAIRED, translated).reason == "half-closed"
+
+
+def test_generations_are_merged() -> None:
+    """Claim: what any generation knows of a socket is kept; what the first lists is listed."""
+    old = replace(SOCKET, role=1, reason=Reason.GUARDED, peer=3, program=5, covered=False)
+    [found] = merged([[replace(SOCKET, cookie=0)], [FAR], [replace(old, in_map=True)]])
+    assert found == replace(old, covered=True)
+    assert merged([[SOCKET], [replace(old, cookie=9)]]) == [SOCKET]
+    assert merged([[LISTENER, LISTENER], [replace(LISTENER, armed=False)]]) == [LISTENER, LISTENER]
+    assert merged([]) == []
+
+
+@pytest.mark.parametrize(
+    ("reason", "verdict", "word"),
+    [
+        (Reason.GUARDED, "denied", "is denied (rule)"),
+        (Reason.OBSERVED, "watched", "is watched"),
+        (Reason.GUARDED, "allowed", "By now: "),
+        (Reason.OBSERVED, "admitted", "By now: "),
+    ],
+)
+def test_programs_are_named(reason: Reason, verdict: str, word: str) -> None:
+    """Claim: the program for whose sake it is TCP is named; one that no longer is, as that."""
+    program = replace(PROGRAM, verdict=verdict)
+    for ends in (
+        (replace(SOCKET, reason=reason, program=5), FAR),
+        (replace(SOCKET, program=6), replace(FAR, reason=reason, program=5)),
+    ):
+        view = View("active", [], list(ends), {5: program})
+        [found] = explain(CLIENT, SERVER, view)
+        assert found.reason == reason.word
+        for part in (program.name, program.id, word):
+            assert part in found.sentence
+        assert found.programs == (() if word == "By now: " else (program,))

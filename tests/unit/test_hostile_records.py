@@ -13,7 +13,7 @@ from tests.unit.fuzz import FUZZED
 from underpass import abi, records
 from underpass.bench.programs import _iperf_measures
 from underpass.errors import UnderpassError, Usage
-from underpass.explain import Target, explain, parse
+from underpass.explain import Target, View, explain, merged, parse
 from underpass.model import Reason, plain
 
 
@@ -60,7 +60,9 @@ def _use(found: list[abi.Record]) -> None:
     pairs = list(starmap(lambda one, other: records.pair(one, other, {}), ends))
     sockets = [records.socket_of(record, {}, {1, 2}) for record in found]
     targets = [Target(sock.endpoint.address, None) for sock in sockets] or [Target("::", 1)]
-    findings = explain(targets[0], targets[-1], "active", pairs, sockets)
+    findings = explain(
+        targets[0], targets[-1], View("active", pairs, merged([sockets, sockets]), {})
+    )
     assert findings
     json.dumps(plain([pairs, findings]))
 

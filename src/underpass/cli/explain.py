@@ -11,7 +11,7 @@ from underpass import dataplane
 from underpass import explain as words
 from underpass.cli import output
 from underpass.errors import NotLoaded
-from underpass.model import Pair, Socket
+from underpass.model import Pair, Program, Socket
 
 
 @click.command(short_help="Why traffic does or does not take the shortcut.")
@@ -28,10 +28,13 @@ def explain(pins: Path, client: str, server: str, as_json: bool) -> None:
     one, other = words.parse(client), words.parse(server)
     pairs: list[Pair] = []
     sockets: list[Socket] = []
+    known: dict[int, Program] = {}
     state = "absent"
     try:
         with dataplane.opened(pins) as planes:
-            state, sockets = planes[0].state, planes[0].sockets()
+            state = planes[0].state
+            sockets = words.merged([plane.sockets() for plane in planes])
+            known = {int(p.id, 16): p for plane in reversed(planes) for p in plane.programs()}
             held = {e.cookie for plane in planes for e in plane.endpoints()}
             sockets = [replace(s, in_map=s.cookie in held and s.cookie != 0) for s in sockets]
             pairs = [pair for plane in planes for pair in plane.pairs()]
@@ -39,7 +42,7 @@ def explain(pins: Path, client: str, server: str, as_json: bool) -> None:
         pass
     findings = [
         replace(f, sentence=output.runnable(f.sentence), next_step=output.runnable(f.next_step))
-        for f in words.explain(one, other, state, pairs, sockets)
+        for f in words.explain(one, other, words.View(state, pairs, sockets, known))
     ]
     if as_json:
         output.print_json(
