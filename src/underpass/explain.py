@@ -13,12 +13,9 @@ from underpass.model import REFUSALS, Pair, Program, Reason, Socket
 
 #: Reasons that only say that the other end has one.
 _SECOND_HAND = (Reason.PEER_GONE, Reason.PEER_REFUSED)
-#: Verdicts on programs that lead to these reasons.
-_VERDICTS = {
-    Reason.OBSERVED: ("watched",),
-    Reason.GUARDED: ("kept-out", "denied"),
-    Reason.MARKED: ("kept-out", "denied"),
-}
+#: Reasons that one of the two programs has given, and verdicts that give none.
+_OF_PROGRAMS = (Reason.OBSERVED.word, Reason.GUARDED.word, Reason.MARKED.word)
+_WELCOME = ("admitted", "allowed")
 _AGAIN = "reconnect to try again"
 _OUTSIDE_STEP = "run `underpass down`, then `underpass up --cgroup PATH` for one that holds it"
 
@@ -285,31 +282,33 @@ def _never_in(sock: Socket, others: list[Socket]) -> _Cause:
 def _with_programs(
     finding: Finding, sock: Socket, others: list[Socket], programs: Mapping[int, Program]
 ) -> Finding:
-    """Names the programs that are the reason; those that no longer are, if none is."""
-    verdicts = next((v for reason, v in _VERDICTS.items() if reason.word == finding.reason), ())
-    if not verdicts:
+    """Names the programs that keep it on TCP; if they no longer do, how it is by now."""
+    if finding.reason not in _OF_PROGRAMS:
         return finding
     ends = [("client", sock), *(("server", other) for other in others[:1])]
     known = [(end, programs[s.program]) for end, s in ends if s.program in programs]
-    guilty = [(end, p) for end, p in known if p.verdict in verdicts]
-    named = [_name(*one) for one in guilty or known]
+    guilty = [(end, p) for end, p in known if p.verdict not in _WELCOME]
+    named = "; ".join(_name(*one) for one in guilty or known)
     if not named:
         return finding
-    sentence = f"{finding.sentence} {'' if guilty else 'By now: '}{', '.join(named)}."
+    named = named[0].upper() + named[1:] if guilty else f"By now {named}"
     step = _AGAIN
-    if guilty:
-        ids = [p.id for _, p in guilty]
-        step = (
-            "reconnect once `underpass guard list` says admitted"
-            if finding.reason == Reason.OBSERVED.word
-            else f"see `underpass guard list`; `underpass guard allow {ids[0]}` overrules it"
-        )
-    return replace(finding, sentence=sentence, next_step=step, programs=tuple(p for _, p in guilty))
+    for _, program in guilty:
+        if program.verdict == "watched":
+            step = "reconnect once `underpass guard list` says admitted"
+            continue
+        step = f"see `underpass guard list`; `underpass guard allow {program.id}` overrules it"
+        break
+    found = tuple(program for _, program in guilty)
+    return replace(finding, sentence=f"{finding.sentence} {named}.", next_step=step, programs=found)
 
 
 def _name(end: str, program: Program) -> str:
-    why = f" ({program.reason})" if program.reason else ""
-    return f"the {end}'s program {program.name}, id {program.id}, is {program.verdict}{why}"
+    why = program.reason
+    if program.verdict == "watched":
+        why = f"has run {program.observed_seconds:.0f} s"
+    verdict = f"{program.verdict} ({why})" if why else program.verdict
+    return f"the {end}'s program {program.name}, id {program.id}, is {verdict}"
 
 
 def _outlook(client: Target, server: Target, state: str, sockets: list[Socket]) -> Finding:

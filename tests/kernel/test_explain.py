@@ -81,7 +81,7 @@ def test_a_program_that_was_denied(bed: Bed, plane: MakePlane, end: str, *, upgr
     wait_until(left, "the pair leaves the map")
     _guilty(bed, _explained(bed)[0], denied.worker, "denied")
     underpass(bed.pins, "guard", "allow", _id(denied.worker)).ok()
-    assert "By now: " in _explained(bed)[0]["sentence"]
+    assert "By now the " in _explained(bed)[0]["sentence"]
 
 
 def test_a_program_that_is_watched(bed: Bed, plane: MakePlane) -> None:

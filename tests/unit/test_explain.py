@@ -152,9 +152,10 @@ def test_generations_are_merged() -> None:
     ("reason", "verdict", "word"),
     [
         (Reason.GUARDED, "denied", "is denied (rule)"),
-        (Reason.OBSERVED, "watched", "is watched"),
-        (Reason.GUARDED, "allowed", "By now: "),
-        (Reason.OBSERVED, "admitted", "By now: "),
+        (Reason.OBSERVED, "watched", "is watched (has run 0 s)"),
+        (Reason.GUARDED, "allowed", "By now the "),
+        (Reason.OBSERVED, "admitted", "By now the "),
+        (Reason.OBSERVED, "denied", "is denied (rule)"),
     ],
 )
 def test_programs_are_named(reason: Reason, verdict: str, word: str) -> None:
@@ -169,4 +170,4 @@ def test_programs_are_named(reason: Reason, verdict: str, word: str) -> None:
         assert found.reason == reason.word
         for part in (program.name, program.id, word):
             assert part in found.sentence
-        assert found.programs == (() if word == "By now: " else (program,))
+        assert found.programs == (() if word == "By now the " else (program,))
