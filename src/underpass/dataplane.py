@@ -242,9 +242,7 @@ def set_rule(pins: Path, name: str, rule: Rule) -> int:
         NotLoaded: nothing is live at ``pins``.
         Usage: ``name`` is no name of a program.
     """
-    if cause := programs.wrong_name(name):
-        step = "give the name of its executable, or an id of `underpass guard list`"
-        raise Usage("find program", repr(name), cause, step)
+    _check_name(name)
     with opened(pins) as planes:
         counts = [plane.set_rule(name, rule) for plane in planes]
         return counts[0]
@@ -252,8 +250,15 @@ def set_rule(pins: Path, name: str, rule: Rule) -> int:
 
 def forget(pins: Path, name: str) -> int:
     """Forget what is known of a program in all generations; see :meth:`Dataplane.forget`."""
+    _check_name(name)
     with opened(pins) as planes:
         return sum(plane.forget(name) for plane in planes)
+
+
+def _check_name(name: str) -> None:
+    if cause := programs.wrong_name(name):
+        step = "give the name of its executable, or an id of `underpass guard list`"
+        raise Usage("find program", repr(name), cause, step)
 
 
 @contextlib.contextmanager

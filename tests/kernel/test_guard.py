@@ -345,6 +345,15 @@ def test_a_rule_for_a_program_that_was_never_seen(bed: Bed, plane: MakePlane) ->
     assert underpass_.unseen() == []
 
 
+@pytest.mark.parametrize("name", ["", "/usr/bin/curl", "x" * 32, "é" * 16, "\udcff", "a\nb"])
+@pytest.mark.parametrize("word", ["allow", "deny", "forget"])
+def test_what_is_no_name(bed: Bed, plane: MakePlane, word: str, name: str) -> None:
+    """Claim: what can be no program's name is a usage error of one line, and no rule."""
+    underpass_ = plane()
+    underpass(bed.pins, "guard", word, name).failed(2, "name", "guard list")
+    assert underpass_.rules() == {}
+
+
 def test_a_rule_for_a_program_that_was_evicted(bed: Bed, plane: MakePlane) -> None:
     """Claim: the rule for one program by its id is listed and taken back without the program."""
     underpass_ = plane()
