@@ -102,7 +102,7 @@ def test_down_killed_under_load(bed: Bed) -> None:
     longest = _duration(bed)
     load = Load(bed)
     moments = random.Random(10)
-    for number in range(4):
+    for number in range(fewer(4)):
         load.start(20)
         load.wait_moves(10 * MIB)
         kill_during(command(bed.pins, "down"), moments.uniform(longest / 4, 2 + longest))

@@ -86,7 +86,7 @@ def test_a_program_that_was_denied(bed: Bed, plane: MakePlane, end: str, *, upgr
 
 def test_a_program_that_is_watched(bed: Bed, plane: MakePlane) -> None:
     """Claim: of a program that is still watched its name, id and verdict are told."""
-    plane(watch=True)
+    plane(Settings(observe_seconds=600), watch=True)
     near, _ = _pair(bed)
     underpass(bed.pins, "guard", "allow", _id(near.worker)).ok()
     ends = couple(near.worker, bed.worker("server"), (SERVER4, PORT + 1))
