@@ -10,13 +10,13 @@
 
 #define PAUSE_NS 1000000000ull /* a longer silence counts as this much of running */
 
-/* Where a program listens -> the key of who serves there. Written by LISTEN, by user space for listeners
- * that stood before, and by up_watch if another program accepts. LRU: the owner is then unknown. */
+/* Where a program listens -> who serves there. Written by LISTEN, by up_arm and user space for listeners that
+ * stood before, and by up_watch if another program accepts. LRU: the owner is then unknown. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 16384);
 	__type(key, struct up_place);
-	__type(value, __u64);
+	__type(value, struct up_owner);
 } owners SEC(".maps");
 
 /* Cookies of sockets in the map that were used as they must not be, whoever owns them. */
@@ -74,14 +74,6 @@ static __always_inline bool allowed(__u64 program)
 	return p && p->rule == UP_ALLOW;
 }
 
-/* Does it accept itself where it listens? Else it may hand its listeners on to a program never seen. */
-static __always_inline bool serves_itself(__u64 program)
-{
-	struct up_program *p = program ? bpf_map_lookup_elem(&programs, &program) : 0;
-
-	return !knobs.observe_ns || (p && (p->rule == UP_ALLOW || (p->accepts && !p->hands_on)));
-}
-
 static __always_inline void note_sign(__u64 program, __u32 sign)
 {
 	struct up_program *p = program ? bpf_map_lookup_elem(&programs, &program) : 0;
@@ -125,13 +117,15 @@ static __always_inline bool ran(__u64 program, const struct tcp_sock *tp)
 static __always_inline bool guarded(struct endpoint *ep)
 {
 	struct up_news *n = latest();
+	struct up_program *p;
 	__u32 *use;
 
 	if (!n || ep->epoch == n->epoch)
 		return ep->guarded;
 	ep->epoch = n->epoch;
 	use = bpf_map_lookup_elem(&marked, &ep->peer.cookie);
-	if (use && *use & UP_SIGN_SPLICE)
+	p = bpf_map_lookup_elem(&programs, &ep->peer_program);
+	if ((use && *use & UP_SIGN_SPLICE) || (p && p->signs & UP_SIGN_SPLICE))
 		ep->spliced = 1;
 	if (use || admitted(ep->program) == UP_GUARDED || admitted(ep->peer_program) == UP_GUARDED ||
 	    bpf_map_lookup_elem(&marked, &ep->self.cookie))
@@ -155,26 +149,39 @@ static __always_inline void wants_out(struct endpoint *ep, enum up_reason reason
 	ep->leave = reason;
 }
 
-/* Who serves what arrives at this end: who listens at the very address, else at any. */
-static __always_inline __u64 *owner_of(__u64 netns, const struct up_address *local)
+/* The listener that an entry tells of has not closed since. */
+static __always_inline bool stands(const struct up_owner *owner)
+{
+	const struct sock *sk = (const void *)owner->listener;
+
+	return BPF_CORE_READ(sk, __sk_common.skc_state) == BPF_TCP_LISTEN &&
+	       (!owner->cookie || BPF_CORE_READ(sk, __sk_common.skc_cookie.counter) == (__s64)owner->cookie);
+}
+
+/* Who serves what arrives at this end: who listens at the very address, else at any. Of those whose listener
+ * has closed, one is better than none for sockets that it accepted before. */
+static __always_inline struct up_owner *owner_of(__u64 netns, const struct up_address *local)
 {
 	struct up_place place = {.netns = netns, .at = *local};
-	__u64 *owner = bpf_map_lookup_elem(&owners, &place);
+	struct up_owner *owner = bpf_map_lookup_elem(&owners, &place), *closed;
 
-	if (owner)
+	if (owner && stands(owner))
 		return owner;
+	closed = owner;
 	place.at.ip[0] = place.at.ip[1] = place.at.ip[3] = 0;
 	if (local->ip[2] == bpf_htonl(0xffff)) {
 		owner = bpf_map_lookup_elem(&owners, &place);
-		if (owner)
+		if (owner && stands(owner))
 			return owner;
+		closed = closed ?: owner;
 	}
 	place.at.ip[2] = 0;
-	return bpf_map_lookup_elem(&owners, &place);
+	owner = bpf_map_lookup_elem(&owners, &place);
+	return owner && stands(owner) ? owner : closed ?: owner;
 }
 
 /* The same for the local end of `sk`, which need not be the caller's to lock. */
-static __always_inline __u64 *owner_at(const struct sock *sk)
+static __always_inline struct up_owner *owner_at(const struct sock *sk)
 {
 	struct up_address local = {}, remote;
 
@@ -182,16 +189,28 @@ static __always_inline __u64 *owner_at(const struct sock *sk)
 	return owner_of(BPF_CORE_READ(sk, __sk_common.skc_net.net, net_cookie), &local);
 }
 
-/* Who accepts is who reads, and may not be who listened: the listener may have been handed on. `listened`
- * is whose verdict let the accepted socket `sk` into the map; may it stay? */
+/* Is it certain that who listens accepts, too? Else the listener may have been handed to a program that was
+ * never seen: as long as nobody accepted here, what the program did elsewhere counts. */
+static __always_inline bool sure_to_serve(const struct up_owner *owner)
+{
+	struct up_program *p;
+
+	if (!knobs.observe_ns || (owner && owner->accepts))
+		return true;
+	p = owner ? bpf_map_lookup_elem(&programs, &owner->program) : 0;
+	return p && (p->rule == UP_ALLOW || (p->accepts && !p->hands_on));
+}
+
+/* Who accepts is who reads. The accepted socket `sk` was let into the map on the verdict of `listened`, who
+ * may only have held the listener; may it stay? Who accepts unseen, as by io_uring, is not known. */
 static __noinline enum up_reason acceptor(const struct sock *sk, __u64 *listened)
 {
-	__u64 *owner = owner_at(sk);
+	struct up_owner *owner = owner_at(sk);
 
-	if (!owner || *owner == *listened)
-		return UP_SHORTCUT;
-	*listened = *owner;
-	return admitted(*listened);
+	if (!owner)
+		return UP_OBSERVED;
+	*listened = owner->program;
+	return owner->accepts ? admitted(*listened) : UP_OBSERVED;
 }
 
 #endif

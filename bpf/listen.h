@@ -18,19 +18,23 @@ static __always_inline void on_connect(struct bpf_sock_ops *ctx)
 static __always_inline void on_listen(struct bpf_sock_ops *ctx)
 {
 	struct up_place place = {.netns = bpf_get_netns_cookie(ctx)};
+	struct up_owner owner = {}, *before;
 	__u32 flags = CTX(bpf_sock_ops_cb_flags);
 	struct bpf_sock *sk = ctx->sk;
 	struct up_address nobody;
 	struct endpoint *ep;
-	__u64 program;
 
-	if (closed())
+	if (closed() || !sk)
 		return;
-	program = current_program();
+	owner.program = current_program();
+	owner.listener = (__u64)bpf_skc_to_tcp_sock(sk);
+	owner.cookie = bpf_get_socket_cookie(ctx);
 	read_ends(ctx, &place.at, &nobody);
-	bpf_map_update_elem(&owners, &place, &program, BPF_ANY);
+	before = bpf_map_lookup_elem(&owners, &place);
+	owner.accepts = before && before->program == owner.program && before->accepts;
+	bpf_map_update_elem(&owners, &place, &owner, BPF_ANY);
 
-	ep = sk ? bpf_sk_storage_get(&endpoints, sk, 0, BPF_SK_STORAGE_GET_F_CREATE) : 0;
+	ep = bpf_sk_storage_get(&endpoints, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!ep || ep->watched)
 		return;
 	ep->watched = 1;

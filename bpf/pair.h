@@ -14,7 +14,7 @@
 #include "holds.h"
 #include "listen.h"
 
-static __always_inline void on_client(struct bpf_sock_ops *ctx)
+static __noinline void on_client(struct bpf_sock_ops *ctx)
 {
 	__u32 snd = CTX(snd_nxt), rcv = CTX(rcv_nxt), number = snd - 1;
 	struct numbers key = {snd, rcv};
@@ -96,7 +96,8 @@ static __always_inline enum up_reason pair_server(struct bpf_sock_ops *ctx)
 	struct bpf_sock *sk = ctx->sk;
 	struct endpoint *ep;
 	struct view view = {};
-	__u64 *owner, program;
+	struct up_owner *owner;
+	__u64 program;
 
 	if (!sk)
 		return UP_NO_STATE;
@@ -113,7 +114,7 @@ static __always_inline enum up_reason pair_server(struct bpf_sock_ops *ctx)
 		return UP_REMOTE_CLIENT;
 	}
 	owner = owner_of(view.netns, &view.server);
-	program = owner ? *owner : 0;
+	program = owner ? owner->program : 0;
 	if (!fault(UP_FAULT_ADDRESS_KEYS)) {
 		if (shake->refused) {
 			why = shake->refused;
@@ -149,7 +150,7 @@ static __always_inline enum up_reason pair_server(struct bpf_sock_ops *ctx)
 	ep->peer.numbers = fault(UP_FAULT_STALE_PEER) ? (struct numbers){} : key;
 	ep->redirect_seq = snd;
 	ep->ask = shake->early != 0;
-	ep->certain = shake->certain = serves_itself(program) || fault(UP_FAULT_LISTENER_DECIDES);
+	ep->certain = shake->certain = sure_to_serve(owner) || fault(UP_FAULT_LISTENER_DECIDES);
 	shake->server_sock = (__u64)bpf_skc_to_tcp_sock(sk);
 	*(volatile __u64 *)&shake->server = ep->self.cookie;
 	return UP_SHORTCUT;
@@ -162,7 +163,7 @@ static __always_inline bool observing(struct bpf_sock *sk)
 	return ep && ep->observed;
 }
 
-static __always_inline void on_server(struct bpf_sock_ops *ctx)
+static __noinline void on_server(struct bpf_sock_ops *ctx)
 {
 	enum up_reason reason = pair_server(ctx);
 
@@ -237,6 +238,8 @@ static __always_inline bool server_accepted(struct endpoint *ep)
 
 	if (ep->certain || ep->role != UP_CLIENT)
 		return true;
+	if (server_refused(ep))
+		return false;
 	if (!BPF_CORE_READ(server, sk_socket))
 		return false;
 	why = acceptor(server, &ep->peer_program);

@@ -126,15 +126,11 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 
 	if (!ctl)
 		return UP_NO_STATE;
-	if (ep->peer.cookie && guarded(ep) && order_at_stake(ep)) {
-		tp = bpf_skc_to_tcp_sock(sk);
-		return tp ? redirect(msg, tp, ep) : UP_NO_STATE;
-	}
 	if (ctl->stop)
 		return ctl->stop == UP_PAUSED ? UP_PAUSED : UP_DRAINING;
 	if (!ep->peer.cookie && !meet_server(ep))
 		return UP_UNPAIRED;
-	if (guarded(ep))
+	if (guarded(ep) && !order_at_stake(ep))
 		return UP_MARKED;
 	if (sk->state != BPF_TCP_ESTABLISHED && sk->state != BPF_TCP_CLOSE_WAIT)
 		return UP_CLOSING;
@@ -165,9 +161,12 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 		return UP_TCP_UNREAD;
 	if (ep->redirect_seq != tp->write_seq)
 		ep->ask = 1;
-	if (ep->ask && !fault(UP_FAULT_NO_GATE | UP_FAULT_BLIND_READER) &&
-	    reader_waits_for_tcp(ep->peer_sock))
-		return UP_READER_WAITS;
+	if (ep->ask && !fault(UP_FAULT_NO_GATE | UP_FAULT_BLIND_READER)) {
+		if (!psock_of((const struct sock *)ep->peer_sock))
+			return UP_PEER_GONE; /* it has left the map */
+		if (reader_waits_for_tcp(ep->peer_sock))
+			return UP_READER_WAITS;
+	}
 	if (!fault(UP_FAULT_NO_BUDGET)) {
 		reason = over_budget(ep, tp, r.unread, msg->size);
 		if (reason != UP_SHORTCUT) {

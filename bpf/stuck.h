@@ -93,8 +93,10 @@ static __always_inline void leave(struct bpf_sock_ops *ctx, struct endpoint *ep,
 
 	if (ep->role == UP_SERVER) {
 		shake = bpf_map_lookup_elem(&handshakes, &ep->numbers);
+		if (shake && !ep->shortcut_messages)
+			shake->server = 0; /* nothing of ours is on its way: the client may go at once */
 		if (shake)
-			shake->refused = reason;
+			*(volatile __u32 *)&shake->refused = reason;
 	} else {
 		bpf_map_delete_elem(&handshakes, &ep->numbers);
 	}
@@ -209,7 +211,7 @@ static __always_inline void on_packet(struct bpf_sock_ops *ctx)
 			clear_flags(ctx, BUILD_FLAG);
 		return;
 	}
-	if (!ep->peer.cookie && !ep->leave)
+	if ((!ep->peer.cookie || !ep->certain) && !ep->leave)
 		server_refused(ep); /* a server that speaks first is acknowledged before we say anything */
 	if (!ep->certain && ep->role == UP_SERVER && tp->inet_conn.icsk_inet.sk.sk_socket) {
 		why = acceptor((const struct sock *)tp, &ep->program);

@@ -154,8 +154,8 @@ struct up_program {
 	__u32 rule;       /* enum up_rule, 0 = none */
 	__u32 pid;        /* the process that was seen first */
 	__u8 by_arguments; /* 1 = an interpreter: its arguments are part of its identity */
-	__u8 accepts;  /* 1 = it was seen to accept */
-	__u8 hands_on; /* 1 = another program was seen to accept where it listened */
+	__u8 accepts;  /* 1 = it was seen to accept where it listens */
+	__u8 hands_on; /* 1 = another program has taken over a listener of its */
 	__u8 pad;
 	char name[32];    /* of the executable */
 	char command[128]; /* how its arguments begin, each ended by NUL */
@@ -172,6 +172,14 @@ struct up_place {
 	__u64 netns; /* cookie */
 	struct up_address at;
 	__u32 pad;
+};
+
+/* Who serves at a place. */
+struct up_owner {
+	__u64 program;  /* key, 0 = unknown */
+	__u64 listener; /* kernel address, only ever read from; 0 = unknown */
+	__u64 cookie;   /* of the listener; 0 = it had none */
+	__u64 accepts;  /* 1 = the program was seen to accept here: it is no mere holder of the listener */
 };
 
 /* The one element of map `news`. */

@@ -46,6 +46,22 @@ static __always_inline bool adopting(void)
 	return ctl && ctl->adopting;
 }
 
+/* A listener that nobody saw begin: whose it is, user space finds out. */
+static __always_inline void stood_before(const struct sock *sk)
+{
+	struct up_owner owner = {.listener = (__u64)sk}, *known;
+	struct up_place place = {};
+	struct up_address remote;
+
+	read_sock_ends(sk, &place.at, &remote);
+	place.netns = BPF_CORE_READ(sk, __sk_common.skc_net.net, net_cookie);
+	known = bpf_map_lookup_elem(&owners, &place);
+	if (known && stands(known))
+		return;
+	owner.cookie = BPF_CORE_READ(sk, __sk_common.skc_cookie.counter);
+	bpf_map_update_elem(&owners, &place, &owner, BPF_ANY);
+}
+
 static __always_inline void arm(struct bpf_iter__tcp *ctx, bool on)
 {
 	struct sock_common *skc = ctx->sk_common;
@@ -62,6 +78,8 @@ static __always_inline void arm(struct bpf_iter__tcp *ctx, bool on)
 	flags = tp->bpf_sock_ops_cb_flags;
 	ep = bpf_sk_storage_get(&endpoints, (struct sock *)tp, 0, on ? BPF_SK_STORAGE_GET_F_CREATE : 0);
 	fill(&r, (const struct sock *)tp, ep);
+	if (on)
+		stood_before((const struct sock *)tp);
 	bpf_seq_write(ctx->meta->seq, &r, sizeof(r)); /* user space finds its owner */
 	if (!ep || ep->watched == on)
 		return;

@@ -101,45 +101,63 @@ static __always_inline const struct sock *tcp_socket(__u64 fd)
 	return protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP ? sk : 0;
 }
 
-/* `program` serves at the local end of `sk`, whoever listened (as systemd does for others). Where several
- * do, one that is not admitted has the last word. */
+/* `program` serves where `owner` is noted, whoever listened (as systemd does for others). Where several do,
+ * one that is not admitted has the last word. */
+static __always_inline void serves(struct up_owner *owner, __u64 program)
+{
+	struct up_program *listened;
+
+	if (owner->program == program ||
+	    (owner->program && owner->accepts && admitted(program) == UP_SHORTCUT))
+		return;
+	listened = bpf_map_lookup_elem(&programs, &owner->program);
+	if (listened)
+		listened->hands_on = 1;
+	owner->program = program;
+}
+
 static __noinline void served_by(const struct sock *sk, __u64 program)
 {
-	__u64 *owner = owner_at(sk);
+	struct up_owner *owner = owner_at(sk);
 
-	if (owner && *owner != program && (!serves_itself(*owner) || admitted(program) != UP_SHORTCUT))
-		*owner = program;
+	if (owner)
+		serves(owner, program);
 }
 
 /* `program` is about to accept from `sk`. */
 static __noinline void accepts(const struct sock *sk, __u64 program)
 {
-	struct up_program *p = bpf_map_lookup_elem(&programs, &program), *listened;
+	struct up_owner fresh = {.program = program, .listener = (__u64)sk, .accepts = 1}, *owner;
+	struct up_program *p = bpf_map_lookup_elem(&programs, &program);
 	struct up_place place = {};
 	struct up_address remote;
-	__u64 *owner = owner_at(sk);
 
-	if (!p || BPF_CORE_READ(sk, __sk_common.skc_state) != BPF_TCP_LISTEN)
+	if (BPF_CORE_READ(sk, __sk_common.skc_state) != BPF_TCP_LISTEN)
 		return;
-	if (!owner) { /* it had to make room */
-		place.netns = BPF_CORE_READ(sk, __sk_common.skc_net.net, net_cookie);
-		read_sock_ends(sk, &place.at, &remote);
-		bpf_map_update_elem(&owners, &place, &program, BPF_NOEXIST);
-	} else if (*owner != program) {
-		listened = bpf_map_lookup_elem(&programs, owner);
-		if (listened && !listened->hands_on)
-			listened->hands_on = 1;
-		served_by(sk, program);
+	read_sock_ends(sk, &place.at, &remote);
+	place.netns = BPF_CORE_READ(sk, __sk_common.skc_net.net, net_cookie);
+	owner = bpf_map_lookup_elem(&owners, &place);
+	if (!owner) { /* it had made room */
+		fresh.cookie = BPF_CORE_READ(sk, __sk_common.skc_cookie.counter);
+		bpf_map_update_elem(&owners, &place, &fresh, BPF_NOEXIST);
+		return;
 	}
-	if (!p->accepts)
+	if (p && owner->program == program && !p->accepts)
 		p->accepts = 1;
+	serves(owner, program);
+	if (owner->listener != (__u64)sk && !stands(owner)) { /* another at this place has closed */
+		owner->cookie = BPF_CORE_READ(sk, __sk_common.skc_cookie.counter);
+		owner->listener = (__u64)sk;
+	}
+	if (!owner->accepts)
+		owner->accepts = 1;
 }
 
 static __always_inline void watch(const void *regs, __u64 call)
 {
 	__u64 fd, program, cookie;
 	const struct sock *sk;
-	__u32 signs = signs_of_call(regs, call, &fd);
+	__u32 signs = signs_of_call(regs, call, &fd), *mark, all;
 
 	if (!signs)
 		return;
@@ -151,14 +169,16 @@ static __always_inline void watch(const void *regs, __u64 call)
 		return accepts(sk, program);
 	if (allowed(program))
 		return;
+	cookie = BPF_CORE_READ(sk, __sk_common.skc_cookie.counter);
+	mark = bpf_map_lookup_elem(&marked, &cookie);
+	if (psock_of(sk) && cookie && (!mark || (*mark & signs) != signs)) {
+		all = signs | (mark ? *mark : 0);
+		bpf_map_update_elem(&marked, &cookie, &all, BPF_ANY);
+		tell();
+	}
 	if (program) {
 		note_sign(program, signs);
 		served_by(sk, program);
-	}
-	cookie = BPF_CORE_READ(sk, __sk_common.skc_cookie.counter);
-	if (psock_of(sk) && cookie && !bpf_map_lookup_elem(&marked, &cookie)) {
-		bpf_map_update_elem(&marked, &cookie, &signs, BPF_ANY);
-		tell();
 	}
 }
 

@@ -131,6 +131,12 @@ class Place(ctypes.Structure):
     _fields_ = [("netns", u64), ("at", Address), ("pad", u32)]
 
 
+class Owner(ctypes.Structure):
+    """``struct up_owner``."""
+
+    _fields_ = [("program", u64), ("listener", u64), ("cookie", u64), ("accepts", u64)]
+
+
 class News(ctypes.Structure):
     """``struct up_news``."""
 

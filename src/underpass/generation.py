@@ -72,7 +72,7 @@ _SIZES = {
     "news": (_ARRAY, 4, ctypes.sizeof(abi.News)),
     "programs": (_LRU_HASH, 8, ctypes.sizeof(abi.Program)),
     "rules": (_HASH, ctypes.sizeof(abi.RuleKey), 4),
-    "owners": (_LRU_HASH, ctypes.sizeof(abi.Place), 8),
+    "owners": (_LRU_HASH, ctypes.sizeof(abi.Place), ctypes.sizeof(abi.Owner)),
 }
 _HANDOFF_KEYS = {"handshakes": 8, "syns": 4}
 _ZERO = ctypes.c_uint32(0)
@@ -80,7 +80,7 @@ _SHARED = 2
 _GUARD_MAPS: tuple[tuple[str, type[Any], type[Any]], ...] = (
     ("rules", abi.RuleKey, abi.u32),
     ("programs", abi.u64, abi.Program),
-    ("owners", abi.Place, abi.u64),
+    ("owners", abi.Place, abi.Owner),
 )
 
 
@@ -350,11 +350,11 @@ class Dataplane:
             for record in listeners
             if record.covered
         }
-        fd, known = self.fd("owners"), abi.u64()
+        fd, owner = self.fd("owners"), abi.Owner()
         strange = {
             inode: place
             for inode, place in places.items()
-            if not libbpf.lookup(fd, place, known) or not known.value
+            if libbpf.lookup(fd, place, owner) and not owner.program
         }
         processes = programs.of_sockets(set(strange)) if strange else {}
         for inode, place in strange.items():
@@ -362,7 +362,9 @@ class Dataplane:
             # nobody to be seen, as from inside a container: then the listener is watched by itself
             key, program = found or programs.listener(bytes(place.at.ip), place.at.port, inode)
             self._meet(key, program)
-            libbpf.update(fd, place, abi.u64(key))
+            if libbpf.lookup(fd, place, owner) and not owner.program:
+                owner.program = key
+                libbpf.update(fd, place, owner)
 
     def drain_step(self) -> list[abi.Record]:
         """Take every endpoint out of the map that holds nothing unread; those that are left."""

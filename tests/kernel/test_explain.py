@@ -14,6 +14,7 @@ from tests.kernel.fixtures import MakePlane
 from tests.kernel.remote import Remote, couple, exchange
 from tests.kernel.waiting import wait_until
 from underpass import dataplane, programs
+from underpass.model import Settings
 from underpass.torture.worker import Worker
 
 PORT = 8080

@@ -19,7 +19,7 @@ from tests.kernel.remote import Remote, connect, couple, exchange, listen
 from tests.kernel.waiting import wait_until
 from underpass import abi, libbpf, programs
 from underpass.generation import Dataplane
-from underpass.model import Fault, Program, Settings, Sign
+from underpass.model import Program, Settings, Sign
 from underpass.torture.patience import patient
 from underpass.torture.worker import Worker
 
@@ -228,29 +228,6 @@ def test_a_late_sign_moves_open_pairs_to_tcp(bed: Bed, plane: MakePlane, sign: S
         return underpass.counters().refused_total["guarded"] > 0
 
     wait_until(left, "the pair leaves the map")
-
-
-@pytest.mark.parametrize("fault", [Fault(0), Fault.LATE_SPLICE], ids=["rule", "twin"])
-def test_a_late_splice_does_not_swap(bed: Bed, plane: MakePlane, fault: Fault) -> None:
-    """Claim: what an admitted program splices too late comes late, but never out of order."""
-    underpass_ = plane(SOON, fault, watch=True)
-    client, server = _admit(underpass_, bed)
-    near, far = couple(client, server, (SERVER4, 8081))
-    assert _carried(underpass_, near, far)
-    near.send(_STREAM, MESSAGE)
-    with pytest.raises(BlockingIOError):
-        far.worker.call(_splice_now, far.number, MESSAGE)
-    for _ in range(3):
-        near.send(_STREAM, MESSAGE)
-    if fault:
-        assert far.worker.call(_splice_now, far.number, MESSAGE) > 0
-        return
-    with pytest.raises(BlockingIOError):
-        far.worker.call(_splice_now, far.number, MESSAGE)
-    far.receive(_STREAM, 4 * MESSAGE)
-    assert not _carried(underpass_, near, far)
-    near.send(_STREAM, MESSAGE)
-    assert far.worker.submit(_splice, far.number, MESSAGE).result(20) == MESSAGE
 
 
 def test_what_the_guard_prevents(bed: Bed, plane: MakePlane) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import platform
+import socket
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.kernel import remote
 from tests.kernel import test_guard as guard
 from tests.kernel.bed import ADMITTING, SERVER4, Bed
 from tests.kernel.fixtures import MakePlane
@@ -22,6 +24,7 @@ from underpass.torture.worker import Worker
 
 TO, ELSEWHERE = (SERVER4, 8080), (SERVER4, 8081)
 MESSAGE = guard.MESSAGE
+SHORT = 100
 NARROW = Path(__file__).with_name("narrow.c")
 
 
@@ -98,6 +101,94 @@ def test_of_several_who_accept_the_new_one_decides(bed: Bed, plane: MakePlane) -
     assert guard._carried(underpass, *first)
 
 
+def test_every_message_to_who_was_handed_a_listener(bed: Bed, plane: MakePlane) -> None:
+    """Claim: small messages, each read before the next, stay on TCP until the heir is admitted."""
+    underpass = plane(guard.SOON, watch=True)
+    client, holder = _admit_a_holder(underpass, bed)
+    heir = bed.worker("server")
+    listener = hand_on(listen(holder, ELSEWHERE), heir)
+    near = connect(client, ELSEWHERE)
+    far = listener.accept()
+    before = underpass.counters().shortcut_messages_total
+    near.send(1, SHORT)
+    far.receive(1, SHORT)
+    for _ in range(3):
+        near.send(1, SHORT)
+    assert underpass.counters().shortcut_messages_total == before
+    assert heir.call(guard._splice_now, far.number, 4 * SHORT) == 3 * SHORT
+
+
+def test_an_accept_in_vain_admits_nobody(bed: Bed, plane: MakePlane) -> None:
+    """Claim: of a herd, the admitted program's failed accept does not speak for the new one."""
+    underpass = plane(guard.SOON, watch=True)
+    client, holder = guard._admit(underpass, bed)
+    own = listen(holder, ELSEWHERE)
+    heir = bed.worker("server")
+    shared = hand_on(own, heir)
+    for accepting in (own, shared):
+        connect(client, ELSEWHERE)
+        accepting.accept()
+    near = connect(client, ELSEWHERE)
+    far = shared.accept()
+    with pytest.raises(BlockingIOError):
+        holder.call(_accept_now, own.number)
+    before = underpass.counters().shortcut_messages_total
+    near.send(1, SHORT)
+    assert underpass.counters().shortcut_messages_total == before
+    assert heir.call(guard._splice_now, far.number, SHORT) == SHORT
+
+
+@pytest.mark.parametrize("size", [SHORT, MESSAGE])
+def test_workers_that_share_a_listener_are_not_slowed(
+    bed: Bed, plane: MakePlane, size: int
+) -> None:
+    """Claim: with two admitted programs at one listener all requests take the shortcut."""
+    underpass = plane(guard.SOON, watch=True)
+    client, one = guard._admit(underpass, bed)
+    two = bed.worker("server")
+    guard._run_until_admitted(underpass, *couple(client, two, (SERVER4, 8082)))
+    own = listen(one, ELSEWHERE)
+    shared = hand_on(own, two)
+    for accepting in (shared, own):
+        connect(client, ELSEWHERE)
+        accepting.accept()
+    for accepting in (own, shared, own, shared):
+        before = underpass.counters().shortcut_messages_total
+        near = connect(client, ELSEWHERE)
+        near.send(1, size)
+        far = accepting.accept()
+        far.receive(1, size)
+        assert underpass.counters().shortcut_messages_total == before + 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [(SERVER4, "0.0.0.0"), ("0.0.0.0", "::"), ("::", "0.0.0.0")]
+)
+def test_a_listener_that_has_closed_has_no_say(
+    bed: Bed, plane: MakePlane, old: str, new: str
+) -> None:
+    """Claim: a new program on the port of an admitted one that has gone is watched first."""
+    underpass = plane(guard.SOON, watch=True)
+    client, server = guard._admit(underpass, bed)
+    to = (SERVER4, 8090)
+    listener = listen(server, (old, 8090))
+    for end in (connect(client, to), listener.accept(), listener):
+        end.close()
+    heir = bed.worker("server")
+    listener = listen(heir, (new, 8090))
+    near, far = connect(client, to), listener.accept()
+    before = underpass.counters().shortcut_messages_total
+    near.send(1, SHORT)
+    assert underpass.counters().shortcut_messages_total == before
+    assert heir.call(guard._splice_now, far.number, SHORT) == SHORT
+
+
+def _accept_now(number: int) -> None:
+    listener = remote._SOCKETS[number]
+    listener.setblocking(False)
+    listener.accept()
+
+
 def test_a_forgotten_server_is_met_again(bed: Bed, plane: MakePlane) -> None:
     """Claim: a server that only accepts and had to make room in the list comes back into it."""
     underpass = plane(guard.SOON, watch=True)
@@ -154,6 +245,35 @@ def test_programs_of_32_bits_stay_on_tcp(
 
     assert not runs()
     assert runs() == (bits == 64)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="written for x86")
+def test_a_listener_handed_to_a_program_of_32_bits(
+    bed: Bed, plane: MakePlane, tmp_path: Path
+) -> None:
+    """Claim: it is not taken for who listened: its MSG_WAITALL reads are whole."""
+    program = tmp_path / "narrow"
+    build = ["clang", "-m32", "-nostdlib", "-static", "-ffreestanding", "-O1", "-DSERVER"]
+    subprocess.run([*build, "-o", program, NARROW], check=True)
+    underpass = plane(guard.SOON, watch=True)
+    client, holder = _admit_a_holder(underpass, bed)
+    listener = listen(holder, ELSEWHERE)
+    listener.set_option(socket.SOL_SOCKET, socket.SO_RCVTIMEO, bytes(16))
+    running = holder.submit(_serve, str(program), listener.number)
+    near = connect(client, ELSEWHERE)
+    before = underpass.counters().shortcut_messages_total
+    for _ in range(6):
+        near.send(1, SHORT)
+        time.sleep(0.1)
+    assert running.result(20) == 0
+    assert underpass.counters().shortcut_messages_total == before
+
+
+def _serve(program: str, number: int) -> int:
+    """Run it with the listener as its standard input."""
+    listener = remote._SOCKETS[number]
+    listener.setblocking(True)
+    return subprocess.run([program], stdin=listener.fileno(), check=False, timeout=30).returncode
 
 
 def _run(program: str) -> int:
