@@ -15,7 +15,7 @@ static __always_inline void on_connect(struct bpf_sock_ops *ctx)
 }
 
 /* A socket begins to listen: let it tell us of each SYN that it answers. */
-static __always_inline void on_listen(struct bpf_sock_ops *ctx)
+static __noinline void on_listen(struct bpf_sock_ops *ctx)
 {
 	struct up_place place = {.netns = bpf_get_netns_cookie(ctx)};
 	struct up_owner owner = {}, *before;
@@ -45,7 +45,7 @@ static __always_inline void on_listen(struct bpf_sock_ops *ctx)
 }
 
 /* A listener answers a SYN of this number: remember it for the client's own callback. */
-static __always_inline void note_syn(struct bpf_sock_ops *ctx, __u32 number)
+static __noinline void note_syn(struct bpf_sock_ops *ctx, __u32 number)
 {
 	struct syn syn = {}, *known;
 
