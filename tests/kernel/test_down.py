@@ -33,7 +33,7 @@ def test_down_under_load(bed: Bed, *, long_run: bool) -> None:
     for _ in range(200 if long_run else ROUNDS):
         dataplane.up(bed.pins, bed.cgroup, ADMITTING)
         objects = pinned(bed.pins)
-        load.start(50)
+        load.start(50, deadline=600)
         with Dataplane.open(bed.pins) as underpass:
             _wait_carried(underpass)
         assert dataplane.down(bed.pins) == []

@@ -230,7 +230,7 @@ def test_two_hundred_upgrades(bed: Bed, plane: MakePlane, *, long_run: bool) -> 
     plane()
     load = Load(bed)
     for _ in range(40):
-        load.start(8)
+        load.start(8, deadline=600)
         for _ in range(5):
             load.wait_moves(2 * MIB)
             dataplane.upgrade(bed.pins)
