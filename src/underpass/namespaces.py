@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import glob
 import os
 import platform
 import threading
@@ -208,8 +209,7 @@ def net_namespaces() -> list[NetNamespace]:
     own = _inode("/proc/self/ns/net")
     if own == _inode("/proc/1/ns/net"):
         found[own] = NetNamespace(own, "/proc/self/ns/net", "host")
-    for entry in Path("/proc").glob("[0-9]*/task/[0-9]*/ns/net"):
-        path = str(entry)
+    for path in glob.iglob("/proc/[0-9]*/task/[0-9]*/ns/net"):  # Path.glob raises if one ends
         inode = _inode(path)
         if inode and inode not in found:
             found[inode] = NetNamespace(inode, path, None)
