@@ -209,7 +209,7 @@ def net_namespaces() -> list[NetNamespace]:
     own = _inode("/proc/self/ns/net")
     if own == _inode("/proc/1/ns/net"):
         found[own] = NetNamespace(own, "/proc/self/ns/net", "host")
-    for path in glob.iglob("/proc/[0-9]*/task/[0-9]*/ns/net"):  # Path.glob raises if one ends
+    for path in glob.iglob("/proc/[0-9]*/task/[0-9]*/ns/net"):  # noqa: PTH207 - that one raises if a process ends
         inode = _inode(path)
         if inode and inode not in found:
             found[inode] = NetNamespace(inode, path, None)
