@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from underpass import namespaces
-from underpass.bench import afunix, bed, chart, report, runner
+from underpass.bench import afunix, bed, chart, page, report, runner
 from underpass.bench.compare import Outcome, Placement, failures
 from underpass.bench.programs import WORKLOADS, missing
 from underpass.cli import output
@@ -106,6 +106,13 @@ class _Reporter:
     type=click.Path(path_type=Path, file_okay=False),
     help="Write results.json, chart.png and chart.svg there.",
 )
+@click.option(
+    "--report",
+    "target",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write one HTML page there: charts, tables and every run; it needs no other file.",
+)
 @output.json_option
 @click.pass_obj
 def bench(  # noqa: PLR0913, PLR0917 - one argument an option
@@ -118,6 +125,7 @@ def bench(  # noqa: PLR0913, PLR0917 - one argument an option
     seconds: int,
     quick: bool,
     directory: Path | None,
+    target: Path | None,
     as_json: bool,
 ) -> None:
     """Default against shortcut, measured here and now with the real programs.
@@ -136,6 +144,8 @@ def bench(  # noqa: PLR0913, PLR0917 - one argument an option
         (100 if quick else 200) if chosen.unix and afunix.available() else 0,
     )
     path = bed.Way.parse(way)
+    if target:
+        page.check(target)
     if os.geteuid() != 0:
         raise UnderpassError("run", "the benchmark", "it makes namespaces", "run as root")
     missing(chosen)
@@ -153,7 +163,10 @@ def bench(  # noqa: PLR0913, PLR0917 - one argument an option
             total = rows * len(plan.placements) * plan.rounds * len(plan.modes)
             with _Reporter(total) as reporter:
                 outcomes = runner.Comparison(plan, here, plane, reporter.done).run()
-    _show(report.document(plan, path, outcomes, started), outcomes, plan, directory, as_json)
+    document = report.document(plan, path, outcomes, started)
+    if target:
+        page.write(document, target)
+    _show(document, outcomes, plan, directory, as_json)
 
 
 def _show(
