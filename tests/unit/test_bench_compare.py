@@ -49,6 +49,16 @@ def test_ratio_is_of_medians_with_the_spread_of_the_rounds() -> None:
     assert outcome.spread(Mode.UNIX) is None
 
 
+def test_the_price_in_cpu_is_told_where_bytes_are_known() -> None:
+    """CPU seconds per gigabyte, for every mode whose runs all know their bytes and their CPU."""
+    reading = Reading(8000.0, Volume("bytes", 5e8))
+    runs = [Sample(Mode.DEFAULT, n, reading, Moved(), cpu) for n, cpu in enumerate((0.5, 1.0))]
+    unknown = [Sample(Mode.SHORTCUT, n, reading, Moved(), cpu) for n, cpu in ((0, 0.5), (1, None))]
+    outcome = Outcome(STREAM, (*runs, *unknown, sample(Mode.UNIX)))
+    assert outcome.also(Mode.DEFAULT) == {"cpu_seconds_per_gigabyte": Spread(1.5, 1.0, 2.0)}
+    assert outcome.also(Mode.SHORTCUT) == outcome.also(Mode.UNIX) == {}
+
+
 def test_an_honest_comparison_is_believed() -> None:
     """Default runs that moved no counter and shortcut runs that moved theirs raise nothing."""
     moved = Moved(pairs=2, shortcut_messages=999, shortcut_bytes=999 * 64)

@@ -139,6 +139,16 @@ def test_a_workload_without_sizes_gets_bars() -> None:
     assert "<polyline" not in text
 
 
+def test_figures_beside_a_rows_own_have_lines() -> None:
+    """CPU seconds per gigabyte stand on the page where the report has them."""
+    row = report.document(PLAN, Way(), [bars()], 0.0)["rows"][0]
+    spread = {"median": 0.5, "low": 0.4, "high": 0.6}
+    told = document([])
+    told["rows"] = [{**row, "also": {"default": {"cpu_seconds_per_gigabyte": spread}}}]
+    cells = Page(page.render(told)).cells
+    assert ["redis", "GET", "CPU seconds per GB", "0.5000.400..0.600"] in cells
+
+
 def test_a_comparison_that_is_not_proven_says_so_first() -> None:
     """Runs that the counters do not bear out are named before any figure."""
     text = page.render(document(outcomes(carried=0.1)))

@@ -85,6 +85,21 @@ def test_the_document_is_whole_json() -> None:
     assert refused["failures"]
 
 
+def test_figures_beside_a_rows_own_are_shown_and_told() -> None:
+    """What runs say beside their figure has a table, and stands in the document by mode."""
+    row = outcomes()[0].row
+    reading = Reading(10.0, Volume("bytes", 1e9))
+    runs = tuple(Sample(m, 0, reading, Moved(2, 1, 10**9), 0.25) for m in Mode)
+    shown = text([Outcome(row, runs), *outcomes()[1:]])
+    assert "CPU seconds per GB" in shown
+    assert "0.25" in shown
+    (told, *_) = report.document(PLAN, Way(), [Outcome(row, runs)], 0.0)["rows"]
+    price = {"median": 0.25, "low": 0.25, "high": 0.25}
+    assert told["also"]["shortcut"] == {"cpu_seconds_per_gigabyte": price}
+    assert told["runs"][0]["cpu_seconds"] == 0.25
+    assert "beside it" not in text(outcomes())
+
+
 def test_the_chart_is_drawn_in_both_formats(tmp_path: Path) -> None:
     """A PNG and an SVG come out, with every size of the reference on the axis."""
     pytest.importorskip("matplotlib")

@@ -22,15 +22,17 @@ def command(test: str, size: int, milliseconds: int, placement: Placement) -> li
     return [str(PROGRAM), test, str(size), str(milliseconds), *cpus]
 
 
-def parse(text: str) -> Reading:
-    """Its one number: microseconds one way, or Mb/s.
+def parse(text: str, test: str, milliseconds: int) -> Reading:
+    """Its one number: microseconds one way, or Mb/s, and how many bytes that were.
 
     Raises:
         UnderpassError: it printed something else.
     """
     try:
-        return Reading(float(text), Volume("bytes", 0.0))
+        figure = float(text)
     except ValueError:
         raise UnderpassError(
             "read", PROGRAM, f"it printed: {text[:80]!r}", "build underpass again"
         ) from None
+    moved = figure * 1e6 / 8 * milliseconds / 1000 if test == "tcp_bw" else 0.0
+    return Reading(figure, Volume("bytes", moved))

@@ -112,6 +112,10 @@ class Bed:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    def cpu_seconds(self) -> float | None:
+        """What everything in the bed has used so far, servers and a switch's programs included."""
+        return self._top.cpu_seconds()
+
     def _wire(self, port: str, netns: str, address: str) -> None:
         peer = ["peer", "name", "eth0", "netns", netns]
         run_tool([*inside(self._switch), "ip", "link", "add", port, "type", "veth", *peer])

@@ -11,6 +11,12 @@ from dataclasses import dataclass, field
 RULED_FLOOR = 0.95
 #: A row below this share is marked wherever it is shown.
 HALF = 0.5
+_GIGABYTE = 1e9
+
+#: Figures beside a row's own, by their names in the report, with words for people. Less is better.
+ALSO = {
+    "cpu_seconds_per_gigabyte": "CPU seconds per GB",
+}
 
 
 class Mode(enum.StrEnum):
@@ -74,11 +80,17 @@ class Volume:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a program reported of one run. ``messages`` is needed where a row is ``ruled``."""
+    """What a program reported of one run.
+
+    Attributes:
+        messages: needed where a row is ``ruled``.
+        also: figures beside the row's own, by their names in :data:`ALSO`.
+    """
 
     figure: float
     volume: Volume
     messages: float = 0.0
+    also: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -94,12 +106,26 @@ class Moved:
 
 @dataclass(frozen=True)
 class Sample:
-    """One run: what the program said and what the kernel counted meanwhile."""
+    """One run: what the program said and what the kernel counted meanwhile.
+
+    Attributes:
+        cpu_seconds: what all processes of the benchmark used; None where the kernel does not tell.
+    """
 
     mode: Mode
     round: int
     reading: Reading
     moved: Moved
+    cpu_seconds: float | None = None
+
+    @property
+    def also(self) -> dict[str, float]:
+        """What the program said beside its figure; the CPU's price where the bytes are known."""
+        volume = self.reading.volume
+        if self.cpu_seconds is None or volume.unit != "bytes" or not volume.amount:
+            return self.reading.also
+        price = self.cpu_seconds / volume.amount * _GIGABYTE
+        return {**self.reading.also, "cpu_seconds_per_gigabyte": price}
 
     @property
     def carried(self) -> float:
@@ -147,6 +173,12 @@ class Outcome:
         """Median, lowest and highest of a mode, None where it did not run."""
         figures = self.figures(mode)
         return Spread.of(figures) if figures else None
+
+    def also(self, mode: Mode) -> dict[str, Spread]:
+        """The figures beside the row's own that every run of a mode has."""
+        runs = [s.also for s in self.samples if s.mode is mode]
+        names = [name for name in ALSO if runs and all(name in run for run in runs)]
+        return {name: Spread.of([run[name] for run in runs]) for name in names}
 
     @property
     def ratio(self) -> Spread | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from underpass.bench import drawing
-from underpass.bench.compare import HALF
+from underpass.bench.compare import ALSO, HALF
 from underpass.errors import UnderpassError, Usage
 
 #: The element that holds the document as JSON, for programs.
@@ -51,6 +51,10 @@ _TESTS = {
     "tcp_lat": "Latency, one way (us): lower is better",
     "tcp_bw": "Throughput (Mb/s): higher is better",
 }
+_RUN = (
+    *("Placement", "Test", "Row", "Mode", "Round", "Figure", "Volume", "Pairs"),
+    *("Shortcut messages", "Shortcut bytes", "TCP messages by reason", "CPU seconds"),
+)
 
 
 def check(target: Path) -> None:
@@ -154,7 +158,7 @@ def _placement(document: dict[str, Any], placement: dict[str, Any]) -> str:
         figures.append(f"<figure><figcaption>{head}</figcaption>{chart}</figure>")
     return (
         f"<h2>{escape(placement['name'])}</h2><p class=dim>{escape('; '.join(ends))}</p>"
-        f'<div class="charts">{"".join(figures)}</div>{_table(rows)}'
+        f'<div class="charts">{"".join(figures)}</div>{_table(rows)}{_also(rows)}'
     )
 
 
@@ -169,6 +173,22 @@ def _table(rows: drawing.Rows) -> str:
     ]
     names = ["Test", "Row", "Unit", *(drawing.WAYS[way] for way in ways), "Ratio", "Carried"]
     return _grid("Median, under it the lowest and the highest run.", names, lines)
+
+
+def _also(rows: drawing.Rows) -> str:
+    """The figures beside the rows' own, less is better; nothing where there are none."""
+    ways = [way for way in drawing.WAYS if any(row["also"].get(way) for row in rows)]
+    lines = [
+        _line(
+            [row["test"], row["label"], words],
+            [_spread(row["also"].get(way, {}).get(name)) for way in ways],
+        )
+        for row in rows
+        for name, words in ALSO.items()
+        if any(name in told for told in row["also"].values())
+    ]
+    names = ["Test", "Row", "Figure", *(drawing.WAYS[way] for way in ways)]
+    return _grid("Beside it; less is better.", names, lines) if lines else ""
 
 
 def _grid(caption: str, names: Sequence[str], lines: Iterable[str], texts: int = 3) -> str:
@@ -249,11 +269,10 @@ def _runs(rows: drawing.Rows) -> str:
             cells = [f"{run['figure']:g} {escape(row['unit'])}", escape(amount)]
             counted = ("pairs", "shortcut_messages", "shortcut_bytes")
             cells += [f"{counters[name]:,}" for name in counted]
-            lines.append(_line(what, [*cells, escape(tcp) or "-"]))
-    names = ["Placement", "Test", "Row", "Mode", "Round", "Figure", "Volume", "Pairs",
-             "Shortcut messages", "Shortcut bytes", "TCP messages by reason"]  # fmt: skip
+            cpu = "-" if run["cpu_seconds"] is None else f"{run['cpu_seconds']:.3f}"
+            lines.append(_line(what, [*cells, escape(tcp) or "-", cpu]))
     caption = "What the program reported, and by how much the kernel's counters moved meanwhile."
     return (
         "<h2>Every run</h2><details><summary>All rounds, one by one; the same as JSON is in the"
-        f" source of this page.</summary>{_grid(caption, names, lines, texts=5)}</details>"
+        f" source of this page.</summary>{_grid(caption, _RUN, lines, texts=5)}</details>"
     )

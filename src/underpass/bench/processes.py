@@ -88,6 +88,15 @@ class Group:
             child.wait()
         self._children.clear()
 
+    def cpu_seconds(self) -> float | None:
+        """CPU time of what ran in it or below it, ended or not; None where cgroups do not tell."""
+        try:
+            words = (self.path / "cpu.stat").read_text().split()
+        except OSError:
+            return None
+        told = dict(zip(words[::2], words[1::2], strict=True))
+        return int(told["usage_usec"]) / 1e6 if "usage_usec" in told else None
+
     def spawn(
         self,
         argv: Sequence[str],

@@ -17,6 +17,7 @@ from rich.table import Table
 from underpass import __version__
 from underpass.bench.bed import Way
 from underpass.bench.compare import (
+    ALSO,
     HALF,
     Mode,
     Outcome,
@@ -87,6 +88,8 @@ def print_tables(
         title = f"{plan.workload.name}, {document['path']}, {placement}"
         make = _qperf_table if plan.workload.name == "qperf" else _table
         console.print(make(title, here))
+        if any(o.also(mode) for o in here for mode in Mode):
+            console.print(_also_table(f"{title}: beside it", here))
     machine = document["machine"]
     console.print(
         f"{machine['cpu']}, {machine['cores']} cores, kernel {machine['kernel']};"
@@ -142,6 +145,23 @@ def _table(title: str, outcomes: Sequence[Outcome]) -> Table:
     return table
 
 
+def _also_table(title: str, outcomes: Sequence[Outcome]) -> Table:
+    table = Table(title=title, title_justify="left")
+    modes = [m for m in Mode if any(o.also(m) for o in outcomes)]
+    for name in ("Test", "Figure"):
+        table.add_column(name)
+    for mode in modes:
+        table.add_column(mode.value.capitalize() if mode is not Mode.UNIX else "AF_UNIX",
+                         justify="right")  # fmt: skip
+    for outcome in outcomes:
+        label = f"{outcome.row.test} {outcome.row.label}"
+        told = {mode: outcome.also(mode) for mode in modes}
+        for name, words in ALSO.items():
+            if any(name in each for each in told.values()):
+                table.add_row(label, words, *(cell(told[mode].get(name)) for mode in modes))
+    return table
+
+
 def document(plan: Plan, way: Way, outcomes: Sequence[Outcome], started: float) -> dict[str, Any]:
     """Everything about one benchmark, as ``--json`` prints it."""
     wrong = failures(outcomes)
@@ -178,6 +198,7 @@ def _row(outcome: Outcome) -> dict[str, Any]:
         **spreads,
         "ratio": plain(outcome.ratio),
         "carried": plain(outcome.carried),
+        "also": {mode.value: plain(outcome.also(mode)) for mode in Mode},
         "runs": [_run(sample) for sample in outcome.samples],
     }
 
@@ -190,6 +211,8 @@ def _run(sample: Sample) -> dict[str, Any]:
         "volume": plain(sample.reading.volume),
         "counters": plain(sample.moved),
         "carried": sample.carried if sample.mode is Mode.SHORTCUT else None,
+        "cpu_seconds": sample.cpu_seconds,
+        "also": sample.also,
     }
 
 

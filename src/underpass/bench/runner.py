@@ -173,10 +173,11 @@ class Comparison:
         row = measure.row(stage.placement.name)
         samples = []
         for number, mode in schedule(self._plan.modes, self._plan.rounds):
-            before = self._plane.counters()
+            before, spent = self._plane.counters(), self._bed.cpu_seconds()
             reading = self._once(measure, mode, stage)
-            difference = moved(before, self._plane.counters())
-            samples.append(Sample(mode, number, reading, difference))
+            difference, now = moved(before, self._plane.counters()), self._bed.cpu_seconds()
+            used = None if spent is None or now is None else now - spent
+            samples.append(Sample(mode, number, reading, difference, used))
             self._done(f"{row}: {mode.value}")
         return Outcome(row, tuple(samples))
 
@@ -185,4 +186,5 @@ class Comparison:
             return measure.parse(stage.client(mode, measure.argv(mode), self._plan.seconds))
         duration = self._plan.unix_milliseconds
         argv = afunix.command(measure.test, int(measure.label), duration, stage.placement)
-        return afunix.parse(stage.client(mode, argv, duration / 1000))
+        said = stage.client(mode, argv, duration / 1000)
+        return afunix.parse(said, measure.test, duration)
