@@ -8,8 +8,9 @@ import pytest
 
 from underpass.bench import afunix, qperf
 from underpass.bench.compare import Mode, Reading, Volume
-from underpass.bench.programs import SMALL, WORKLOADS, Measure, Workload, missing
-from underpass.errors import UnderpassError
+from underpass.bench.programs import SMALL, Measure, Workload, missing
+from underpass.bench.workloads import WORKLOADS, choose
+from underpass.errors import UnderpassError, Usage
 
 QPERF_LATENCY = """tcp_lat:
     latency   =  6.22 us
@@ -137,6 +138,50 @@ def test_what_a_program_printed(
     reading = measures(name, tmp_path)[index].parse(text)
     assert reading.figure == pytest.approx(expected.figure)
     assert reading.volume == expected.volume
+
+
+WRK_MANY = WRK + "p50_us 811\np99_us 2034\np99.9_us 7120\n"
+
+
+@pytest.mark.parametrize(
+    ("size", "volume"),
+    [(1024, Volume("messages", 240_822)), (16384, Volume("bytes", 120_411 * 16384))],
+)
+def test_many_connections_tell_what_the_slowest_wait(
+    size: int, volume: Volume, tmp_path: Path
+) -> None:
+    """The rate, the latency's percentiles, and the bytes whatever the run is judged by."""
+    reading = choose("parallel", size=size).measures(tmp_path, 1)[4].parse(WRK_MANY)
+    assert reading.figure == pytest.approx(120266.44)
+    assert reading.volume == volume
+    assert reading.also == {"p50_us": 811, "p99_us": 2034, "p99.9_us": 7120}
+    assert reading.payload == 120_411 * size
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["  Socket errors: connect 0, read 3, write 0, timeout 0", "  Non-2xx or 3xx responses: 7"],
+)
+def test_many_connections_with_errors_are_not_measured(line: str, tmp_path: Path) -> None:
+    """A run in which requests failed is an error that says how many, not a figure."""
+    with pytest.raises(UnderpassError, match=line.strip().split(",")[0]):
+        measures("parallel", tmp_path)[0].parse(f"{WRK_MANY}{line}\n")
+
+
+def test_connections_are_from_1_to_256(tmp_path: Path) -> None:
+    """1, 4, 16, 64 and 256 connections, each a row."""
+    rows = measures("parallel", tmp_path)
+    counts = [m.argv(Mode.DEFAULT)[m.argv(Mode.DEFAULT).index("-c") + 1] for m in rows]
+    assert counts == ["1", "4", "16", "64", "256"]
+    assert [m.label for m in rows] == ["1 connection", *(f"{n} connections" for n in counts[1:])]
+
+
+def test_a_setting_belongs_to_its_workload() -> None:
+    """A size for a workload that has none is a usage error that names the one that has."""
+    assert choose("parallel", size=4096).settings == {"size": 4096}
+    assert choose("redis", size=None) is WORKLOADS["redis"]
+    with pytest.raises(Usage, match="--size 5: workload redis has no size; say --workload para"):
+        choose("redis", size=5)
 
 
 @pytest.mark.parametrize("name", ["redis", "nginx", "postgres", "iperf3"])

@@ -15,6 +15,9 @@ _GIGABYTE = 1e9
 
 #: Figures beside a row's own, by their names in the report, with words for people. Less is better.
 ALSO = {
+    "p50_us": "latency p50 (us)",
+    "p99_us": "latency p99 (us)",
+    "p99.9_us": "latency p99.9 (us)",
     "cpu_seconds_per_gigabyte": "CPU seconds per GB",
 }
 
@@ -85,12 +88,14 @@ class Reading:
     Attributes:
         messages: needed where a row is ``ruled``.
         also: figures beside the row's own, by their names in :data:`ALSO`.
+        payload: bytes, where they are known though the volume is in messages.
     """
 
     figure: float
     volume: Volume
     messages: float = 0.0
     also: dict[str, float] = field(default_factory=dict)
+    payload: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -122,9 +127,10 @@ class Sample:
     def also(self) -> dict[str, float]:
         """What the program said beside its figure; the CPU's price where the bytes are known."""
         volume = self.reading.volume
-        if self.cpu_seconds is None or volume.unit != "bytes" or not volume.amount:
+        moved = volume.amount if volume.unit == "bytes" else self.reading.payload
+        if self.cpu_seconds is None or not moved:
             return self.reading.also
-        price = self.cpu_seconds / volume.amount * _GIGABYTE
+        price = self.cpu_seconds / moved * _GIGABYTE
         return {**self.reading.also, "cpu_seconds_per_gigabyte": price}
 
     @property

@@ -8,7 +8,7 @@ import pwd
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -72,13 +72,18 @@ class Measure:
 
 @dataclass(frozen=True)
 class Workload:
-    """A comparison: programs it needs (with their packages), its servers, its rows."""
+    """A comparison: programs it needs (with their packages), its servers, its rows.
+
+    Attributes:
+        settings: what else was chosen for it, for the report.
+    """
 
     name: str
     needs: dict[str, str]
     serve: Callable[[Place, Mode], None]
     measures: Callable[[Path, int], list[Measure]]
     unix: bool = False
+    settings: dict[str, int] = field(default_factory=dict)
 
 
 def missing(workload: Workload) -> None:
@@ -101,11 +106,17 @@ def find(program: str) -> str | None:
     return path or (str(postgres[-1]) if postgres else None)
 
 
-def _port(base: int, mode: Mode) -> int:
+def port_of(base: int, mode: Mode) -> int:
+    """The port of a mode's own server."""
     return base + _MODES.get(mode, 0)
 
 
-def _number(pattern: str, text: str, program: str) -> float:
+def number(pattern: str, text: str, program: str) -> float:
+    """The number that ``pattern`` holds in what ``program`` printed.
+
+    Raises:
+        UnderpassError: it is not there; quotes the text.
+    """
     found = re.search(pattern, text, re.MULTILINE)
     if not found:
         said = " ".join(text.split())[:120] or "nothing"
@@ -129,7 +140,7 @@ def _qperf(test: str, size: int, seconds: int) -> Measure:
         unit="us" if latency else "Mb/s",
         less_is_better=latency,
         floor=REQUESTS_FLOOR if latency else 0.0 if ruled else STREAM_FLOOR,
-        argv=lambda mode: qperf.client(SERVER_ADDRESS, _port(19770, mode), test, size, seconds),
+        argv=lambda mode: qperf.client(SERVER_ADDRESS, port_of(19770, mode), test, size, seconds),
         parse=lambda text: qperf.parse(text, size, seconds),
         ruled=ruled,
     )
@@ -138,7 +149,7 @@ def _qperf(test: str, size: int, seconds: int) -> Measure:
 QPERF = Workload(
     "qperf",
     {"qperf": "qperf"},
-    lambda place, mode: place.serve(mode, qperf.server(_port(19770, mode)), _port(19770, mode)),
+    lambda place, mode: place.serve(mode, qperf.server(port_of(19770, mode)), port_of(19770, mode)),
     _qperf_measures,
     unix=True,
 )
@@ -148,7 +159,7 @@ QPERF = Workload(
 
 
 def _redis_serve(place: Place, mode: Mode) -> None:
-    port = _port(16379, mode)
+    port = port_of(16379, mode)
     options = {"port": str(port), "save": "", "appendonly": "no", "protected-mode": "no"}
     options["dir"] = str(place.directory(f"redis-{mode.value}"))
     flags = [word for name, value in options.items() for word in (f"--{name}", value)]
@@ -164,18 +175,20 @@ def _redis(command: str, deep: int, seconds: int) -> Measure:
     head = ["redis-benchmark", "-h", SERVER_ADDRESS, "-q", "--csv", "-P", str(deep)]
 
     def parse(text: str) -> Reading:
-        rate = _number(rf'^"{command}","([\d.]+)"', text, "redis-benchmark")
+        rate = number(rf'^"{command}","([\d.]+)"', text, "redis-benchmark")
         return Reading(rate, Volume("messages", 2 * count / deep))
 
     return Measure(
         "redis", f"{command} -P {deep}" if deep > 1 else command, "requests/s", False,
         REQUESTS_FLOOR,
-        lambda mode: [*head, "-p", str(_port(16379, mode)), "-n", str(count), "-t", command],
+        lambda mode: [*head, "-p", str(port_of(16379, mode)), "-n", str(count), "-t", command],
         parse,
     )  # fmt: skip
 
 
 # -- nginx ---------------------------------------------------------------------------------
+
+WRK = {"nginx": "nginx-light or nginx", "wrk": "wrk"}
 
 _NGINX = """daemon off;
 user root;
@@ -204,18 +217,24 @@ _PROXY = """upstream other {{ server {address}:{port}; keepalive 64;
 
 
 @dataclass(frozen=True)
-class _Site:
-    """One nginx: its directory's name, what its configuration serves, and at which end it is."""
+class Site:
+    """One nginx: its directory's name, what its configuration serves, and at which end it is.
+
+    Attributes:
+        size: of what it serves as ``/file``.
+    """
 
     name: str
     body: str
     port: int
     client_side: bool = False
+    size: int = _BODY
 
 
-def _nginx_start(place: Place, mode: Mode, site: _Site) -> None:
+def nginx_start(place: Place, mode: Mode, site: Site) -> None:
+    """Serve a site; ``HOME`` in its configuration is its directory."""
     home = place.directory(f"{site.name}-{mode.value}")
-    (home / "file").write_bytes(bytes(_BODY))
+    (home / "file").write_bytes(bytes(site.size))
     config = home / "nginx.conf"
     config.write_text(_NGINX.format(home=home, body=site.body.replace("HOME", str(home))))
     program = find("nginx") or "nginx"
@@ -224,37 +243,37 @@ def _nginx_start(place: Place, mode: Mode, site: _Site) -> None:
 
 
 def _nginx_serve(place: Place, mode: Mode) -> None:
-    port = _port(18080, mode)
-    _nginx_start(place, mode, _Site("site", _SITE.format(port=port, home="HOME"), port))
+    port = port_of(18080, mode)
+    nginx_start(place, mode, Site("site", _SITE.format(port=port, home="HOME"), port))
 
 
 def _nginx_proxy_serve(place: Place, mode: Mode) -> None:
     """Client -> proxy -> upstream; the upstream beside the client, so both legs cross."""
-    port, listen = _port(18090, mode), _port(18080, mode)
+    port, listen = port_of(18090, mode), port_of(18080, mode)
     upstream = _SITE.format(port=port, home="HOME")
-    _nginx_start(place, mode, _Site("upstream", upstream, port, client_side=True))
+    nginx_start(place, mode, Site("upstream", upstream, port, client_side=True))
     proxy = _PROXY.format(address=CLIENT_ADDRESS, port=port, listen=listen)
-    _nginx_start(place, mode, _Site("proxy", proxy, listen))
+    nginx_start(place, mode, Site("proxy", proxy, listen))
 
 
 def _nginx_measures(legs: int) -> Callable[[Path, int], list[Measure]]:
     name = "nginx" if legs == 1 else "nginx-proxy"
 
     def small(text: str) -> Reading:
-        rate = _number(r"^Requests/sec:\s+([\d.]+)", text, "wrk")
-        count = _number(r"^\s+(\d+) requests in", text, "wrk")
+        rate = number(r"^Requests/sec:\s+([\d.]+)", text, "wrk")
+        count = number(r"^\s+(\d+) requests in", text, "wrk")
         return Reading(rate, Volume("messages", 2 * legs * count))
 
     def file(text: str) -> Reading:
-        rate = _number(r"^Requests/sec:\s+([\d.]+)", text, "wrk")
-        count = _number(r"^\s+(\d+) requests in", text, "wrk")
+        rate = number(r"^Requests/sec:\s+([\d.]+)", text, "wrk")
+        count = number(r"^\s+(\d+) requests in", text, "wrk")
         return Reading(rate, Volume("bytes", legs * count * _BODY))
 
     def measures(_: Path, seconds: int) -> list[Measure]:
         head = ["wrk", "-t", "1", "-c", "32", "-d", f"{seconds}s"]
 
         def ask(path: str) -> Callable[[Mode], list[str]]:
-            return lambda mode: [*head, f"http://{SERVER_ADDRESS}:{_port(18080, mode)}{path}"]
+            return lambda mode: [*head, f"http://{SERVER_ADDRESS}:{port_of(18080, mode)}{path}"]
 
         unit = "requests/s"
         return [
@@ -269,8 +288,8 @@ def _churn_serve(place: Place, mode: Mode) -> None:
     """The local server of a mode, and once the off-node stand-in: outside the cgroup."""
     _nginx_serve(place, mode)
     if mode is Mode.DEFAULT:
-        site = _Site("off-node", _SITE.format(port=_OFF_NODE, home="HOME"), _OFF_NODE)
-        _nginx_start(place, mode, site)
+        site = Site("off-node", _SITE.format(port=_OFF_NODE, home="HOME"), _OFF_NODE)
+        nginx_start(place, mode, site)
 
 
 def _churn_measures(_: Path, seconds: int) -> list[Measure]:
@@ -279,14 +298,14 @@ def _churn_measures(_: Path, seconds: int) -> list[Measure]:
 
     def parse(per_connection: float) -> Callable[[str], Reading]:
         def read(text: str) -> Reading:
-            rate = _number(r"^Requests/sec:\s+([\d.]+)", text, "wrk")
-            count = _number(r"^\s+(\d+) requests in", text, "wrk")
+            rate = number(r"^Requests/sec:\s+([\d.]+)", text, "wrk")
+            count = number(r"^\s+(\d+) requests in", text, "wrk")
             return Reading(rate, Volume("messages", per_connection * count))
 
         return read
 
     def local(mode: Mode) -> list[str]:
-        return [*head, f"http://{SERVER_ADDRESS}:{_port(18080, mode)}/small"]
+        return [*head, f"http://{SERVER_ADDRESS}:{port_of(18080, mode)}/small"]
 
     def off_node(_: Mode) -> list[str]:
         return [*head, f"http://{SERVER_ADDRESS}:{_OFF_NODE}/small"]
@@ -316,7 +335,7 @@ def _as_other_user() -> tuple[list[str], int, int]:
 
 
 def _postgres_serve(place: Place, mode: Mode) -> None:
-    port = _port(15432, mode)
+    port = port_of(15432, mode)
     change, uid, gid = _as_other_user()
     home = place.directory(f"postgres-{mode.value}")
     os.chown(home, uid, gid)
@@ -341,13 +360,13 @@ def _postgres_measures(home: Path, seconds: int) -> list[Measure]:
         head = ["pgbench", "-n", "-T", str(seconds), "-c", "8", "-U", "bench"]
         where = ["-h", SERVER_ADDRESS]
         return lambda mode: [
-            *head, *where, "-p", str(_port(15432, mode)), *options, "postgres",
+            *head, *where, "-p", str(port_of(15432, mode)), *options, "postgres",
         ]  # fmt: skip
 
     def parse(per_transaction: Volume) -> Callable[[str], Reading]:
         def read(text: str) -> Reading:
-            rate = _number(r"^tps = ([\d.]+)", text, "pgbench")
-            count = _number(r"actually processed: (\d+)", text, "pgbench")
+            rate = number(r"^tps = ([\d.]+)", text, "pgbench")
+            count = number(r"actually processed: (\d+)", text, "pgbench")
             return Reading(rate, Volume(per_transaction.unit, per_transaction.amount * count))
 
         return read
@@ -375,7 +394,7 @@ def _iperf_measures(_: Path, seconds: int) -> list[Measure]:
 
     def ask(flags: list[str]) -> Callable[[Mode], list[str]]:
         return lambda mode: [
-            "iperf3", "-c", SERVER_ADDRESS, "-p", str(_port(15201, mode)), "-t", str(seconds),
+            "iperf3", "-c", SERVER_ADDRESS, "-p", str(port_of(15201, mode)), "-t", str(seconds),
             "-J", *flags,
         ]  # fmt: skip
 
@@ -386,26 +405,18 @@ def _iperf_measures(_: Path, seconds: int) -> list[Measure]:
 
 
 def _iperf_serve(place: Place, mode: Mode) -> None:
-    port = _port(15201, mode)
+    port = port_of(15201, mode)
     place.serve(mode, ["iperf3", "-s", "-p", str(port)], port)
 
 
-_WRK = {"nginx": "nginx-light or nginx", "wrk": "wrk"}
 _POSTGRES = dict.fromkeys(("initdb", "postgres", "pgbench"), "postgresql")
-WORKLOADS = {
-    w.name: w
-    for w in (
-        QPERF,
-        Workload(
-            "redis",
-            {"redis-server": "redis-server", "redis-benchmark": "redis-tools"},
-            _redis_serve,
-            _redis_measures,
-        ),
-        Workload("nginx", _WRK, _nginx_serve, _nginx_measures(1)),
-        Workload("nginx-proxy", _WRK, _nginx_proxy_serve, _nginx_measures(2)),
-        Workload("churn", _WRK, _churn_serve, _churn_measures),
-        Workload("postgres", _POSTGRES, _postgres_serve, _postgres_measures),
-        Workload("iperf3", {"iperf3": "iperf3"}, _iperf_serve, _iperf_measures),
-    )
-}
+_REDIS = {"redis-server": "redis-server", "redis-benchmark": "redis-tools"}
+PROGRAMS = (
+    QPERF,
+    Workload("redis", _REDIS, _redis_serve, _redis_measures),
+    Workload("nginx", WRK, _nginx_serve, _nginx_measures(1)),
+    Workload("nginx-proxy", WRK, _nginx_proxy_serve, _nginx_measures(2)),
+    Workload("churn", WRK, _churn_serve, _churn_measures),
+    Workload("postgres", _POSTGRES, _postgres_serve, _postgres_measures),
+    Workload("iperf3", {"iperf3": "iperf3"}, _iperf_serve, _iperf_measures),
+)

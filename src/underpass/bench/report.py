@@ -177,6 +177,7 @@ def document(plan: Plan, way: Way, outcomes: Sequence[Outcome], started: float) 
             "seconds": plan.seconds,
             "unix_milliseconds": plan.unix_milliseconds,
             "order": "ABBA",
+            **plan.workload.settings,
             "placements": [_placement(each) for each in plan.placements],
         },
         "machine": machine(),

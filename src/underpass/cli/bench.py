@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from underpass import namespaces
-from underpass.bench import afunix, bed, chart, page, report, runner
+from underpass.bench import afunix, bed, chart, page, parallel, report, runner
 from underpass.bench.compare import Outcome, Placement, failures
-from underpass.bench.programs import WORKLOADS, missing
+from underpass.bench.programs import missing
+from underpass.bench.workloads import WORKLOADS, choose
 from underpass.cli import output
 from underpass.cli.interrupt import interruptible
 from underpass.dataplane import DEFAULT_PINS
@@ -99,6 +100,11 @@ class _Reporter:
 @click.option(
     "--seconds", type=click.IntRange(1, 600), default=1, show_default=True, help="Of every run."
 )
+@click.option(
+    "--size",
+    type=click.IntRange(1, parallel.MOST),
+    help=f"Bytes of a response of workload parallel.  [default: {parallel.SIZE}]",
+)
 @click.option("--quick", is_flag=True, help="About 75 seconds: 2 rounds, one core.")
 @click.option(
     "--output",
@@ -123,6 +129,7 @@ def bench(  # noqa: PLR0913, PLR0917 - one argument an option
     cpus: str | None,
     rounds: int | None,
     seconds: int,
+    size: int | None,
     quick: bool,
     directory: Path | None,
     target: Path | None,
@@ -133,7 +140,7 @@ def bench(  # noqa: PLR0913, PLR0917 - one argument an option
     Two network namespaces, a cgroup and a generation of its own; a running installation is not
     touched. Fails if the kernel's counters do not bear the comparison out.
     """
-    chosen = WORKLOADS[workload]
+    chosen = choose(workload, size=size)
     if placement is None:
         placement = "free" if workload != "qperf" else "one-core" if quick else "both"
     plan = runner.Plan(
