@@ -38,3 +38,14 @@ def test_many_connections_at_once() -> None:
             assert also["p50_us"]["median"] <= also["p99_us"]["median"]
             assert also["p99_us"]["median"] <= also["p99.9_us"]["median"]
             assert also["cpu_seconds_per_gigabyte"]["median"] > 0
+
+
+def test_idle_pairs() -> None:
+    """Claim: pairs that stand idle are held by both ways, and each way's memory is told."""
+    told = bench("--workload", "idle", "--pairs", "300")
+    (row,) = told["rows"]
+    assert told["settings"]["pairs"] == 300
+    assert row["label"] == "300 idle pairs"
+    for run in row["runs"]:
+        assert set(run["also"]) == {"slab_bytes_per_pair", "tcp_bytes_per_pair"}
+        assert run["counters"]["pairs"] == (300 if run["mode"] == "shortcut" else 0)

@@ -176,6 +176,17 @@ def test_connections_are_from_1_to_256(tmp_path: Path) -> None:
     assert [m.label for m in rows] == ["1 connection", *(f"{n} connections" for n in counts[1:])]
 
 
+def test_idle_pairs_cost_slabs_and_buffers(tmp_path: Path) -> None:
+    """The figure is a pair's part of what the kernel took; each pair says a byte each way."""
+    (measure,) = choose("idle", pairs=500).measures(tmp_path, 1)
+    reading = measure.parse('{"pairs": 500, "slab_bytes": 5000000, "tcp_bytes": 40960}')
+    assert reading.figure == pytest.approx(10081.92)
+    assert reading.volume == Volume("messages", 1000)
+    assert reading.also == {"slab_bytes_per_pair": 10_000, "tcp_bytes_per_pair": 81.92}
+    assert measure.label == "500 idle pairs"
+    assert measure.less_is_better
+
+
 def test_a_setting_belongs_to_its_workload() -> None:
     """A size for a workload that has none is a usage error that names the one that has."""
     assert choose("parallel", size=4096).settings == {"size": 4096}
@@ -184,7 +195,7 @@ def test_a_setting_belongs_to_its_workload() -> None:
         choose("redis", size=5)
 
 
-@pytest.mark.parametrize("name", ["redis", "nginx", "postgres", "iperf3"])
+@pytest.mark.parametrize("name", ["redis", "nginx", "postgres", "iperf3", "parallel", "idle"])
 def test_a_program_that_failed_is_an_error(name: str, tmp_path: Path) -> None:
     """Output without a figure is one line that quotes it, never a traceback."""
     with pytest.raises(UnderpassError, match="it printed: oops"):

@@ -18,6 +18,8 @@ ALSO = {
     "p50_us": "latency p50 (us)",
     "p99_us": "latency p99 (us)",
     "p99.9_us": "latency p99.9 (us)",
+    "slab_bytes_per_pair": "slabs (bytes/pair)",
+    "tcp_bytes_per_pair": "TCP buffers (bytes/pair)",
     "cpu_seconds_per_gigabyte": "CPU seconds per GB",
 }
 

@@ -93,7 +93,7 @@ def _bar(row: dict[str, Any], way: str, y: float, room: float) -> str:
     end, low, high = (_NAMES + spread[key] / base * room for key in ("median", "low", "high"))
     middle = y + _BAR / 2 - 1
     return (
-        f'<rect class="bar {way}" x="{_NAMES}" y="{y:.1f}" width="{end - _NAMES:.1f}"'
+        f'<rect class="bar {way}" x="{_NAMES}" y="{y:.1f}" width="{max(0.0, end - _NAMES):.1f}"'
         f' height="{_BAR - 2}"><title>{_words(way, spread)}</title></rect>'
         f'<path class="whisker" d="M{low:.1f} {middle:.1f}H{high:.1f}"/>'
         + _text(high + 6, y + _BAR - 4, f"{number(spread['median'])} {row['unit']}", "start")

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from underpass.bench import parallel
+from underpass.bench import idle, parallel
 from underpass.bench.programs import PROGRAMS, Workload
 from underpass.errors import Usage
 
-WORKLOADS = {each.name: each for each in (*PROGRAMS, parallel.workload(parallel.SIZE))}
+WORKLOADS = {
+    each.name: each
+    for each in (*PROGRAMS, parallel.workload(parallel.SIZE), idle.workload(idle.PAIRS))
+}
 
 #: Makers by the one setting each takes, which is an option of the command line too.
 _SIZED: dict[str, tuple[str, Callable[[int], Workload]]] = {
     "size": ("parallel", parallel.workload),
+    "pairs": ("idle", idle.workload),
 }
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from underpass import namespaces
-from underpass.bench import afunix, bed, chart, page, parallel, report, runner
+from underpass.bench import afunix, bed, chart, idle, page, parallel, report, runner
 from underpass.bench.compare import Outcome, Placement, failures
 from underpass.bench.programs import missing
 from underpass.bench.workloads import WORKLOADS, choose
@@ -105,6 +105,11 @@ class _Reporter:
     type=click.IntRange(1, parallel.MOST),
     help=f"Bytes of a response of workload parallel.  [default: {parallel.SIZE}]",
 )
+@click.option(
+    "--pairs",
+    type=click.IntRange(1, idle.MOST),
+    help=f"Connections that workload idle holds.  [default: {idle.PAIRS}]",
+)
 @click.option("--quick", is_flag=True, help="About 75 seconds: 2 rounds, one core.")
 @click.option(
     "--output",
@@ -130,6 +135,7 @@ def bench(  # noqa: PLR0913, PLR0917 - one argument an option
     rounds: int | None,
     seconds: int,
     size: int | None,
+    pairs: int | None,
     quick: bool,
     directory: Path | None,
     target: Path | None,
@@ -140,7 +146,7 @@ def bench(  # noqa: PLR0913, PLR0917 - one argument an option
     Two network namespaces, a cgroup and a generation of its own; a running installation is not
     touched. Fails if the kernel's counters do not bear the comparison out.
     """
-    chosen = choose(workload, size=size)
+    chosen = choose(workload, size=size, pairs=pairs)
     if placement is None:
         placement = "free" if workload != "qperf" else "one-core" if quick else "both"
     plan = runner.Plan(
