@@ -14,8 +14,10 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-BPF_SOURCE = Path("bpf/underpass.bpf.c")
-BPF_OBJECT = Path("src/underpass/underpass.bpf.o")
+BPF_OBJECTS = {
+    Path("bpf/underpass.bpf.c"): Path("src/underpass/underpass.bpf.o"),
+    Path("bpf/naive.bpf.c"): Path("src/underpass/bench/naive.bpf.o"),
+}
 AFUNIX_SOURCE = Path("src/underpass/bench/afunix.c")
 AFUNIX_PROGRAM = Path("src/underpass/bench/afunix")
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
@@ -23,28 +25,29 @@ INSTALL = "apt-get install clang llvm libbpf-dev linux-libc-dev"
 
 
 class CompileC(BuildHookInterface[Any]):
-    """Hatchling's custom hook: the eBPF object, and the AF_UNIX program of the benchmark."""
+    """Hatchling's custom hook: the eBPF objects, and the AF_UNIX program of the benchmark."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002 (hatchling's)
         """Compile; a failure ends the build with one line on stderr (SystemExit)."""
-        compile_bpf(Path(self.root))
+        for source, target in BPF_OBJECTS.items():
+            compile_bpf(Path(self.root), source, target)
         compile_afunix(Path(self.root))
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-linux_{platform.machine()}"
 
 
-def compile_bpf(root: Path) -> None:
-    """Compile the eBPF object; DWARF goes, BTF stays."""
+def compile_bpf(root: Path, source: Path, target: Path) -> None:
+    """Compile an eBPF object; DWARF goes, BTF stays."""
     flags = [
         *("-O2", "-g", "-target", "bpf", "-mcpu=v3", *WARNINGS),
         # with relative paths: line info names files by their place in the repository
         "-fdebug-compilation-dir=.",
-        *("-I", str(BPF_SOURCE.parent)),
+        *("-I", str(source.parent)),
         # Debian keeps asm/ per architecture, where -target bpf does not look
         *("-isystem", f"/usr/include/{platform.machine()}-linux-gnu"),
     ]
-    with _fresh(root / BPF_OBJECT) as fresh:
-        _run(root, "clang", *flags, "-c", str(BPF_SOURCE), "-o", fresh)
+    with _fresh(root / target) as fresh:
+        _run(root, "clang", *flags, "-c", str(source), "-o", fresh)
         _run(root, "llvm-strip", "-g", fresh)
 
 

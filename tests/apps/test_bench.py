@@ -49,3 +49,15 @@ def test_idle_pairs() -> None:
     for run in row["runs"]:
         assert set(run["also"]) == {"slab_bytes_per_pair", "tcp_bytes_per_pair"}
         assert run["counters"]["pairs"] == (300 if run["mode"] == "shortcut" else 0)
+
+
+def test_the_naive_column() -> None:
+    """Claim: `--naive` runs a third way, redirected by the bypass alone, and nothing else by it."""
+    told = bench("--workload", "redis", "--naive")
+    assert told["settings"]["naive"] is True
+    for row in told["rows"]:
+        by_mode = {run["mode"]: run["counters"] for run in row["runs"]}
+        for mode, counters in by_mode.items():
+            assert (counters["naive_messages"] > 0) == (mode == "naive")
+            assert (counters["shortcut_messages"] > 0) == (mode == "shortcut")
+        assert ("naive" in by_mode) != bool(row["naive_broken"])

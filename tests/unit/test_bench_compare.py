@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from underpass.bench.compare import (
@@ -98,6 +100,28 @@ def test_a_small_stream_may_be_held_on_tcp_but_not_escape() -> None:
     escaped = Moved(2, 10, 10, {"tcp-unread": 300})
     (line,) = failures(of_row(SMALL, sample(Mode.SHORTCUT, moved=escaped)))
     assert "saw 31.0% of the messages" in line
+
+
+def test_a_naive_run_must_have_been_naive() -> None:
+    """A naive run counts if the bypass redirected it and underpass had no part in it."""
+    fine = sample(Mode.NAIVE, moved=Moved(naive_messages=600))
+    idle = sample(Mode.NAIVE, number=1)
+    ours = sample(Mode.NAIVE, number=2, moved=Moved(shortcut_messages=1, naive_messages=600))
+    assert fine.carried == 0.6
+    lines = failures(of_row(LATENCY, fine, idle, ours))
+    assert len(lines) == 2
+    assert "round 2: nothing of a naive run was redirected" in lines[0]
+    assert "round 3: a naive run used the shortcut" in lines[1]
+    assert failures(of_row(OFF_NODE, sample(Mode.NAIVE))) == []
+
+
+@pytest.mark.parametrize("mode", [Mode.DEFAULT, Mode.SHORTCUT])
+def test_the_naive_bypass_must_keep_to_its_runs(mode: Mode) -> None:
+    """Another run of which the naive bypass redirected anything is not believed."""
+    clean = Moved(2, 1000, 1000) if mode is Mode.SHORTCUT else Moved()
+    moved = replace(clean, naive_messages=1)
+    (line,) = failures(of_row(LATENCY, sample(mode, moved=moved)))
+    assert f"the naive bypass redirected 1 messages of a {mode.value} run" in line
 
 
 @pytest.mark.parametrize("moved", [Moved(), Moved(pairs=2, tcp_messages={"tcp-unread": 1000})])

@@ -149,6 +149,21 @@ def test_figures_beside_a_rows_own_have_lines() -> None:
     assert ["redis", "GET", "CPU seconds per GB", "0.5000.400..0.600"] in cells
 
 
+def test_a_naive_run_that_broke_is_told() -> None:
+    """The naive bypass has a line in the charts, and its cell says what broke and what it is."""
+    told = document(outcomes())
+    told["settings"]["naive"] = True
+    for row in told["rows"]:
+        row["naive"] = row["shortcut"]
+        row["naive_broken"] = ["round 1: <hung>"]
+    text = page.render(told)
+    cells = Page(text).cells[1]
+    assert cells[5] == "4.504.00..5.001 broke: round 1: <hung>"
+    assert text.count('class="line naive"') == 2
+    assert "to show what the promise costs" in text
+    assert "Naive" not in page.render(document(outcomes()))
+
+
 def test_a_comparison_that_is_not_proven_says_so_first() -> None:
     """Runs that the counters do not bear out are named before any figure."""
     text = page.render(document(outcomes(carried=0.1)))

@@ -100,6 +100,24 @@ def test_figures_beside_a_rows_own_are_shown_and_told() -> None:
     assert "beside it" not in text(outcomes())
 
 
+def test_the_naive_bypass_has_a_column_where_it_ran() -> None:
+    """Its figure stands beside the others, with the runs that broke; without it no word of it."""
+    rows = []
+    for outcome in outcomes():
+        moved = Moved(naive_messages=1000)
+        naive = Sample(Mode.NAIVE, 0, outcome.samples[0].reading, moved)
+        rows.append(
+            Outcome(outcome.row, (*outcome.samples, naive), ("round 2: cannot run x: hung",))
+        )
+    shown = text(rows)
+    assert "Naive" in shown
+    assert "1 broke" in shown
+    told = report.document(PLAN, Way(), rows, 0.0)["rows"][0]
+    assert told["naive"] == {"median": 10.0, "low": 10.0, "high": 10.0}
+    assert told["naive_broken"] == ["round 2: cannot run x: hung"]
+    assert "Naive" not in text(outcomes())
+
+
 def test_the_chart_is_drawn_in_both_formats(tmp_path: Path) -> None:
     """A PNG and an SVG come out, with every size of the reference on the axis."""
     pytest.importorskip("matplotlib")

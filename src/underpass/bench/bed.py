@@ -69,7 +69,8 @@ class Bed:
     """Namespaces, switch, cgroups and a directory, named after this process; a context manager.
 
     Attributes:
-        shortcut: the cgroup to attach to; ``default``: beside it, never attached.
+        shortcut: the cgroup to attach to; ``default``: beside it, never attached;
+            ``naive``: beside both, for the naive bypass alone.
         pins: where the generation of the benchmark goes; not made here.
     """
 
@@ -85,6 +86,7 @@ class Bed:
         self._top = Group(self.cgroup)
         self.shortcut = Group(self.cgroup / "shortcut")
         self.default = Group(self.cgroup / "default")
+        self.naive = Group(self.cgroup / "naive")
         self._aside = Group(self.cgroup / "aside")
         self._stack = ExitStack()
 
@@ -92,7 +94,7 @@ class Bed:
         with ExitStack() as undo:
             self.directory.mkdir(mode=0o755)
             undo.callback(shutil.rmtree, self.directory, ignore_errors=True)
-            for group in (self._top, self.shortcut, self.default, self._aside):
+            for group in (self._top, self.shortcut, self.default, self.naive, self._aside):
                 undo.enter_context(group)
             for netns in (self.client_netns, self.server_netns, self._switch):
                 undo.callback(delete_netns, netns)

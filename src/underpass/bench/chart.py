@@ -13,6 +13,7 @@ from underpass.bench.runner import Plan
 _STYLE = {
     Mode.DEFAULT: ("#8b95a5", "default TCP"),
     Mode.SHORTCUT: ("#0b7a75", "underpass"),
+    Mode.NAIVE: ("#8e5bb5", "naive bypass, a yardstick"),
     Mode.UNIX: ("#d98324", "AF_UNIX, the practical limit"),
 }
 _TITLES = {"tcp_lat": "Latency, one way (µs): lower is better",
@@ -130,7 +131,11 @@ def _lines(axes: Any, outcomes: Sequence[Outcome], placement: Placement) -> None
 def _bars(axes: Any, outcomes: Sequence[Outcome], placement: Placement) -> None:
     """Bars relative to the default run, so that requests of unlike cost fit one panel."""
     ends = list(range(len(outcomes)))
-    for mode, offset in ((Mode.DEFAULT, -0.19), (Mode.SHORTCUT, 0.19)):
+    modes = [m for m in (Mode.DEFAULT, Mode.SHORTCUT, Mode.NAIVE)
+             if all(o.spread(m) for o in outcomes)]  # fmt: skip
+    width = 0.76 / len(modes)
+    for place, mode in enumerate(modes):
+        offset = (place - (len(modes) - 1) / 2) * width
         colour, name = _STYLE[mode]
         heights, errors, texts = [], ([], []), []  # type: ignore[var-annotated]
         for outcome in outcomes:
@@ -142,7 +147,7 @@ def _bars(axes: Any, outcomes: Sequence[Outcome], placement: Placement) -> None:
             errors[1].append((spread.high - spread.median) / base.median)
             texts.append(f"{spread.median:,.0f}")
         at = [end + offset for end in ends[: len(heights)]]
-        axes.bar(at, heights, 0.36, yerr=errors, color=colour, label=name, capsize=3,
+        axes.bar(at, heights, width * 0.95, yerr=errors, color=colour, label=name, capsize=3,
                  error_kw={"ecolor": "#40464f", "elinewidth": 1})  # fmt: skip
         for x, height, error, text in zip(at, heights, errors[1], texts, strict=True):
             axes.annotate(text, (x, height + error), xytext=(0, 4), textcoords="offset points",

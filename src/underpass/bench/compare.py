@@ -29,6 +29,7 @@ class Mode(enum.StrEnum):
 
     DEFAULT = "default"
     SHORTCUT = "shortcut"
+    NAIVE = "naive"
     UNIX = "unix"
 
 
@@ -102,13 +103,19 @@ class Reading:
 
 @dataclass(frozen=True)
 class Moved:
-    """By how much the kernel's counters moved during one run."""
+    """By how much the kernel's counters moved during one run.
+
+    Attributes:
+        naive_messages, naive_bytes: what the naive bypass redirected; the rest is underpass's.
+    """
 
     pairs: int = 0
     shortcut_messages: int = 0
     shortcut_bytes: int = 0
     tcp_messages: dict[str, int] = field(default_factory=dict)
     not_local: int = 0
+    naive_messages: int = 0
+    naive_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -137,11 +144,12 @@ class Sample:
 
     @property
     def carried(self) -> float:
-        """Share (0..1) of the run's volume that the shortcut carried."""
-        volume = self.reading.volume
-        counted = (
-            self.moved.shortcut_bytes if volume.unit == "bytes" else self.moved.shortcut_messages
-        )
+        """Share (0..1) of the run's volume that the shortcut (or the naive bypass) carried."""
+        volume, moved = self.reading.volume, self.moved
+        messages, size = moved.shortcut_messages, moved.shortcut_bytes
+        if self.mode is Mode.NAIVE:
+            messages, size = moved.naive_messages, moved.naive_bytes
+        counted = size if volume.unit == "bytes" else messages
         return min(1.0, counted / volume.amount) if volume.amount else 0.0
 
     @property
@@ -167,10 +175,16 @@ class Spread:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A row with all its runs."""
+    """A row with all its runs.
+
+    Attributes:
+        broken: why a naive run has no figure, a line each. It promises nothing, so that is one of
+            its results and no failure of the comparison.
+    """
 
     row: Row
     samples: tuple[Sample, ...]
+    broken: tuple[str, ...] = ()
 
     def figures(self, mode: Mode) -> list[float]:
         """What the runs of a mode reported, round by round."""
@@ -222,9 +236,25 @@ def disbelief(sample: Sample, row: Row) -> str | None:
             f"{row}, round {sample.round + 1}: a default run used the shortcut"
             f" ({moved.shortcut_messages} messages, {moved.pairs} pairs)"
         )
+    if sample.mode is Mode.NAIVE:
+        return _naive_disbelief(sample, row)
+    if moved.naive_messages:
+        return (
+            f"{row}, round {sample.round + 1}: the naive bypass redirected"
+            f" {moved.naive_messages} messages of a {sample.mode.value} run"
+        )
     if sample.mode is not Mode.SHORTCUT:
         return None
     return (_off_node_disbelief if row.off_node else _shortcut_disbelief)(sample, row)
+
+
+def _naive_disbelief(sample: Sample, row: Row) -> str | None:
+    moved = sample.moved
+    if moved.shortcut_messages or moved.pairs:
+        return f"{row}, round {sample.round + 1}: a naive run used the shortcut"
+    if not row.off_node and not moved.naive_messages:
+        return f"{row}, round {sample.round + 1}: nothing of a naive run was redirected"
+    return None
 
 
 def _shortcut_disbelief(sample: Sample, row: Row) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 WAYS = {
     "default": "default TCP",
     "shortcut": "underpass",
+    "naive": "naive bypass, a yardstick",
     "unix": "AF_UNIX, the practical limit",
 }
 

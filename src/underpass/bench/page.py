@@ -24,7 +24,7 @@ _NOTHING_ELSE = "default-src 'none'; style-src 'unsafe-inline'"
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d232b; --dim: #5b6472; --rule: #dfe3e8; --paper: #fff;
-  --default: #8b95a5; --shortcut: #0b7a75; --unix: #d98324; --bad: #b3261e; }
+  --default: #8b95a5; --shortcut: #0b7a75; --unix: #d98324; --naive: #8e5bb5; --bad: #b3261e; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --dim: #a3acba; --rule: #39414c;
   --paper: #14181d; --shortcut: #3fb8b0; --bad: #ff8a80; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
@@ -43,7 +43,7 @@ svg .ratio { fill: var(--shortcut); font-weight: bold; }
 .grid { stroke: var(--rule); } .whisker { stroke: var(--ink); }
 .line { fill: none; stroke: var(--way); stroke-width: 2.4; }
 .band { fill: var(--way); opacity: .16; } .dot, .bar { fill: var(--way); }
-.unix.line { stroke-dasharray: 5 4; stroke-width: 1.6; }
+.unix.line, .naive.line { stroke-dasharray: 5 4; stroke-width: 1.6; }
 .key { display: inline-block; width: .9em; height: .9em; margin: 0 .4em 0 1.2em;
   background: var(--way); }
 """
@@ -167,12 +167,18 @@ def _table(rows: drawing.Rows) -> str:
     lines = [
         _line(
             [row["test"], row["label"], row["unit"]],
-            [*(_spread(row.get(way)) for way in ways), _ratio(row), _carried(row)],
+            [*(_way(row, way) for way in ways), _ratio(row), _carried(row)],
         )
         for row in rows
     ]
     names = ["Test", "Row", "Unit", *(drawing.WAYS[way] for way in ways), "Ratio", "Carried"]
     return _grid("Median, under it the lowest and the highest run.", names, lines)
+
+
+def _way(row: dict[str, Any], way: str) -> str:
+    broken = row.get("naive_broken") if way == "naive" else None
+    told = f"<small class=bad>{len(broken)} broke: {escape(broken[0])}</small>" if broken else ""
+    return _spread(row.get(way)) + told
 
 
 def _also(rows: drawing.Rows) -> str:
@@ -240,10 +246,14 @@ def _reading(document: dict[str, Any]) -> str:
         " * In some run most of this went by TCP: the stream stood at the budget and the data"
         " plane held it there. Read it as underpass's own choice, not as the speed of the shortcut."
     )
+    naive = (
+        " Naive: a 4-tuple sockhash bypass without proof, gate, budget, guard or drain, to show"
+        " what the promise costs; it can lose, reorder and misdeliver: no way to run anything."
+    )
     return (
         "<p>Ratio: shortcut / default, of the medians, under it by round. Carried: least share of a"
         " shortcut run that the kernel's counters show on the shortcut."
-        f"{star if held else ''}</p>"
+        f"{star if held else ''}{naive if document['settings']['naive'] else ''}</p>"
     )
 
 

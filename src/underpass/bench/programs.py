@@ -25,7 +25,7 @@ REQUESTS_FLOOR, STREAM_FLOOR = 0.99, 0.5
 
 _BODY = 64 << 10
 _OFF_NODE = 18100
-_MODES = {Mode.DEFAULT: 0, Mode.SHORTCUT: 1}
+_MODES = {Mode.DEFAULT: 0, Mode.SHORTCUT: 1, Mode.NAIVE: 2}
 
 
 class Place(Protocol):

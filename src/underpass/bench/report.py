@@ -31,6 +31,7 @@ from underpass.bench.runner import Plan
 from underpass.errors import UnderpassError
 from underpass.model import plain
 
+_BYPASSES = (Mode.SHORTCUT, Mode.NAIVE)
 _VERSION_FLAGS = {
     "qperf": ["--version"],
     "redis-server": ["--version"],
@@ -69,6 +70,13 @@ def ratio_cell(outcome: Outcome) -> str:
     return f"[{colour}]{ratio.median:.2f}x[/{colour}]" + (rounds if ratio.low < ratio.high else "")
 
 
+def naive_cell(outcome: Outcome) -> str:
+    """The naive bypass's figure, and how many of its runs broke."""
+    shown = cell(outcome.spread(Mode.NAIVE))
+    broke = f"\n[red]{len(outcome.broken)} broke[/red]" if outcome.broken else ""
+    return shown + broke
+
+
 def carried_cell(outcome: Outcome) -> str:
     """The least share that the shortcut carried in any of its runs; marked below a half."""
     if outcome.row.off_node:
@@ -100,6 +108,11 @@ def print_tables(
         if document["ok"]
         else "The kernel's counters do not bear this comparison out."
     )
+    if plan.naive:
+        console.print(
+            "Naive: a 4-tuple sockhash bypass without proof, gate, budget, guard or drain; a"
+            " yardstick for what the promise costs.\n  What it gets wrong: docs/BENCHMARKS.md."
+        )
     if any(o.carried and o.carried.low < HALF and not o.row.off_node for o in outcomes):
         console.print(
             "* In some run most of this went by TCP: the stream stood at the budget and the data"
@@ -110,15 +123,18 @@ def print_tables(
 
 def _qperf_table(title: str, outcomes: Sequence[Outcome]) -> Table:
     table = Table(title=title, title_justify="left")
+    naive = any(o.spread(Mode.NAIVE) or o.broken for o in outcomes)
     for name in (
         "Packet Size\n(byte)",
         "Shortcut\ntcp_lat (us)",
         "Default\ntcp_lat (us)",
         "Ratio",
+        *(["Naive\nlat (us)"] if naive else []),
         "AF_UNIX\nlat (us)",
         "Shortcut\ntcp_bw (Mb/s)",
         "Default\ntcp_bw (Mb/s)",
         "Ratio",
+        *(["Naive\nbw (Mb/s)"] if naive else []),
         "AF_UNIX\nbw (Mb/s)",
         "Carried\nlat / bw",
     ):
@@ -129,19 +145,23 @@ def _qperf_table(title: str, outcomes: Sequence[Outcome]) -> Table:
         cells = [size]
         for outcome in both:
             cells += [cell(outcome.spread(m)) for m in (Mode.SHORTCUT, Mode.DEFAULT)]
-            cells += [ratio_cell(outcome), cell(outcome.spread(Mode.UNIX))]
+            cells += [ratio_cell(outcome), *([naive_cell(outcome)] if naive else [])]
+            cells.append(cell(outcome.spread(Mode.UNIX)))
         table.add_row(*cells, " / ".join(carried_cell(outcome) for outcome in both))
     return table
 
 
 def _table(title: str, outcomes: Sequence[Outcome]) -> Table:
     table = Table(title=title, title_justify="left")
-    for name in ("Test", "Unit", "Shortcut", "Default", "Ratio", "Carried"):
+    naive = any(o.spread(Mode.NAIVE) or o.broken for o in outcomes)
+    names = ("Test", "Unit", "Shortcut", "Default", "Ratio", *(["Naive"] if naive else []))
+    for name in (*names, "Carried"):
         table.add_column(name, justify="left" if name in ("Test", "Unit") else "right")
     for outcome in outcomes:
         spreads = [cell(outcome.spread(m)) for m in (Mode.SHORTCUT, Mode.DEFAULT)]
         row = outcome.row
-        table.add_row(row.label, row.unit, *spreads, ratio_cell(outcome), carried_cell(outcome))
+        spreads += [ratio_cell(outcome), *([naive_cell(outcome)] if naive else [])]
+        table.add_row(row.label, row.unit, *spreads, carried_cell(outcome))
     return table
 
 
@@ -177,6 +197,7 @@ def document(plan: Plan, way: Way, outcomes: Sequence[Outcome], started: float) 
             "seconds": plan.seconds,
             "unix_milliseconds": plan.unix_milliseconds,
             "order": "ABBA",
+            "naive": plan.naive,
             **plan.workload.settings,
             "placements": [_placement(each) for each in plan.placements],
         },
@@ -200,6 +221,7 @@ def _row(outcome: Outcome) -> dict[str, Any]:
         "ratio": plain(outcome.ratio),
         "carried": plain(outcome.carried),
         "also": {mode.value: plain(outcome.also(mode)) for mode in Mode},
+        "naive_broken": list(outcome.broken),
         "runs": [_run(sample) for sample in outcome.samples],
     }
 
@@ -211,7 +233,7 @@ def _run(sample: Sample) -> dict[str, Any]:
         "figure": sample.reading.figure,
         "volume": plain(sample.reading.volume),
         "counters": plain(sample.moved),
-        "carried": sample.carried if sample.mode is Mode.SHORTCUT else None,
+        "carried": sample.carried if sample.mode in _BYPASSES else None,
         "cpu_seconds": sample.cpu_seconds,
         "also": sample.also,
     }

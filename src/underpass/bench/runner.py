@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from underpass import dataplane
@@ -20,6 +20,7 @@ from underpass.bench.compare import (
     Sample,
     schedule,
 )
+from underpass.bench.naive import Naive
 from underpass.bench.processes import Group, listens, wait_for
 from underpass.bench.programs import Measure, Workload
 from underpass.dataplane import Dataplane
@@ -28,28 +29,41 @@ from underpass.model import Counters, Settings
 
 #: A program may take this much longer than it was asked to run, then it is ended.
 _GRACE = 30.0
+#: The naive bypass hangs programs for ever now and then; nobody should wait for all of them.
+_NAIVE_GRACE = 10.0
 _SERVER_START = 30.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run. ``seconds`` is per run, ``unix_milliseconds`` per AF_UNIX run (0: none)."""
+    """What to run. ``seconds`` is per run, ``unix_milliseconds`` per AF_UNIX run (0: none).
+
+    Attributes:
+        naive: whether the naive bypass runs too.
+    """
 
     workload: Workload
     placements: tuple[Placement, ...]
     rounds: int
     seconds: int
     unix_milliseconds: int = 0
+    naive: bool = False
+
+    @property
+    def served(self) -> tuple[Mode, ...]:
+        """The modes that the workload's own programs run in."""
+        naive = (Mode.NAIVE,) if self.naive else ()
+        return (Mode.DEFAULT, Mode.SHORTCUT, *naive)
 
     @property
     def modes(self) -> tuple[Mode, ...]:
         """The modes of every round."""
         unix = (Mode.UNIX,) if self.unix_milliseconds else ()
-        return (Mode.DEFAULT, Mode.SHORTCUT, *unix)
+        return (*self.served, *unix)
 
     def estimate(self, rows: int) -> float:
         """Seconds that all of it takes, about."""
-        once = 2 * self.seconds + self.unix_milliseconds / 1000
+        once = len(self.served) * self.seconds + self.unix_milliseconds / 1000
         return len(self.placements) * (rows * self.rounds * once + 3)
 
 
@@ -94,7 +108,8 @@ class Stage:
         self._bed, self.placement = bed, placement
 
     def _group(self, mode: Mode) -> Group:
-        return self._bed.shortcut if mode is Mode.SHORTCUT else self._bed.default
+        own = {Mode.SHORTCUT: self._bed.shortcut, Mode.NAIVE: self._bed.naive}
+        return own.get(mode, self._bed.default)
 
     def directory(self, name: str) -> Path:
         """A directory in the bed's, made if it is not there."""
@@ -124,12 +139,13 @@ class Stage:
     def client(self, mode: Mode, argv: list[str], seconds: float) -> str:
         """Run a client to its end and return what it printed."""
         cpus, netns = self.placement.client_cpus, self._bed.client_netns
-        return self._group(mode).run(argv, netns, cpus, seconds + _GRACE)
+        grace = _NAIVE_GRACE if mode is Mode.NAIVE else _GRACE
+        return self._group(mode).run(argv, netns, cpus, seconds + grace)
 
-    def end_servers(self) -> None:
-        """End what was started in either mode."""
-        for group in (self._bed.shortcut, self._bed.default):
-            group.end()
+    def end_servers(self, modes: Sequence[Mode]) -> None:
+        """End what was started in these modes."""
+        for mode in modes:
+            self._group(mode).end()
 
 
 def moved(before: Counters, after: Counters) -> Moved:
@@ -147,10 +163,24 @@ def moved(before: Counters, after: Counters) -> Moved:
 
 
 class Comparison:
-    """A plan under way. ``done`` is told after every run what ran."""
+    """A plan under way.
 
-    def __init__(self, plan: Plan, bed: Bed, plane: Dataplane, done: Callable[[str], None]) -> None:
-        self._plan, self._bed, self._plane, self._done = plan, bed, plane, done
+    Args:
+        plan: what to run.
+        bed: where.
+        kernel: the generation, and the naive bypass where the plan has it.
+        done: told after every run what ran.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        bed: Bed,
+        kernel: tuple[Dataplane, Naive | None],
+        done: Callable[[str], None],
+    ) -> None:
+        self._plan, self._bed, self._done = plan, bed, done
+        self._plane, self._naive = kernel
 
     def run(self) -> list[Outcome]:
         """Run all of it.
@@ -162,8 +192,8 @@ class Comparison:
         for placement in self._plan.placements:
             stage = Stage(self._bed, placement)
             with ExitStack() as stack:
-                stack.callback(stage.end_servers)
-                for mode in (Mode.DEFAULT, Mode.SHORTCUT):
+                stack.callback(stage.end_servers, self._plan.served)
+                for mode in self._plan.served:
                     self._plan.workload.serve(stage, mode)
                 measures = self._plan.workload.measures(self._bed.directory, self._plan.seconds)
                 outcomes.extend(self._row(measure, stage) for measure in measures)
@@ -171,15 +201,30 @@ class Comparison:
 
     def _row(self, measure: Measure, stage: Stage) -> Outcome:
         row = measure.row(stage.placement.name)
-        samples = []
+        samples, broken = [], []
         for number, mode in schedule(self._plan.modes, self._plan.rounds):
-            before, spent = self._plane.counters(), self._bed.cpu_seconds()
-            reading = self._once(measure, mode, stage)
-            difference, now = moved(before, self._plane.counters()), self._bed.cpu_seconds()
-            used = None if spent is None or now is None else now - spent
-            samples.append(Sample(mode, number, reading, difference, used))
+            try:
+                samples.append(self._sample(measure, mode, stage, number))
+            except UnderpassError as error:
+                if mode is not Mode.NAIVE:
+                    raise
+                broken.append(f"round {number + 1}: {error}")
+                stage.end_servers([mode])
+                self._plan.workload.serve(stage, mode)
             self._done(f"{row}: {mode.value}")
-        return Outcome(row, tuple(samples))
+        return Outcome(row, tuple(samples), tuple(broken))
+
+    def _sample(self, measure: Measure, mode: Mode, stage: Stage, number: int) -> Sample:
+        before, spent, aside = self._plane.counters(), self._bed.cpu_seconds(), self._redirected()
+        reading = self._once(measure, mode, stage)
+        after, now, beyond = self._plane.counters(), self._bed.cpu_seconds(), self._redirected()
+        messages, size = (end - start for end, start in zip(beyond, aside, strict=True))
+        difference = replace(moved(before, after), naive_messages=messages, naive_bytes=size)
+        used = None if spent is None or now is None else now - spent
+        return Sample(mode, number, reading, difference, used)
+
+    def _redirected(self) -> tuple[int, int]:
+        return self._naive.redirected() if self._naive else (0, 0)
 
     def _once(self, measure: Measure, mode: Mode, stage: Stage) -> Reading:
         if mode is not Mode.UNIX:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from underpass import namespaces
-from underpass.bench import afunix, bed, chart, idle, page, parallel, report, runner
+from underpass.bench import afunix, bed, chart, idle, naive, page, parallel, report, runner
 from underpass.bench.compare import Outcome, Placement, failures
 from underpass.bench.programs import missing
 from underpass.bench.workloads import WORKLOADS, choose
@@ -110,6 +111,12 @@ class _Reporter:
     type=click.IntRange(1, idle.MOST),
     help=f"Connections that workload idle holds.  [default: {idle.PAIRS}]",
 )
+@click.option(
+    "--naive",
+    "with_naive",
+    is_flag=True,
+    help="Also a bypass that promises nothing, to show what the promise costs.",
+)
 @click.option("--quick", is_flag=True, help="About 75 seconds: 2 rounds, one core.")
 @click.option(
     "--output",
@@ -136,6 +143,7 @@ def bench(  # noqa: PLR0913, PLR0917 - one argument an option
     seconds: int,
     size: int | None,
     pairs: int | None,
+    with_naive: bool,
     quick: bool,
     directory: Path | None,
     target: Path | None,
@@ -155,6 +163,7 @@ def bench(  # noqa: PLR0913, PLR0917 - one argument an option
         rounds or (2 if quick else 5),
         seconds,
         (100 if quick else 200) if chosen.unix and afunix.available() else 0,
+        with_naive,
     )
     path = bed.Way.parse(way)
     if target:
@@ -169,13 +178,19 @@ def bench(  # noqa: PLR0913, PLR0917 - one argument an option
     started = time.time()
     with interruptible("the benchmark"):
         bed.sweep(root)
-        with bed.Bed(root, path) as here, runner.generation(here) as plane:
+        with (
+            bed.Bed(root, path) as here,
+            runner.generation(here) as plane,
+            ExitStack() as stack,
+        ):
             rows = len(chosen.measures(here.directory, seconds))
             minutes = plan.estimate(rows) / 60
             click.echo(f"{rows} rows, about {minutes:.1f} minutes; {path}", err=True)
             total = rows * len(plan.placements) * plan.rounds * len(plan.modes)
             with _Reporter(total) as reporter:
-                outcomes = runner.Comparison(plan, here, plane, reporter.done).run()
+                bypass = stack.enter_context(naive.attached(here.naive)) if with_naive else None
+                kernel = (plane, bypass)
+                outcomes = runner.Comparison(plan, here, kernel, reporter.done).run()
     document = report.document(plan, path, outcomes, started)
     if target:
         page.write(document, target)
@@ -192,7 +207,7 @@ def _show(
     if as_json:
         output.print_json(document)
     else:
-        report.print_tables(outcomes, plan, document, output.console(markup=True))
+        report.print_tables(outcomes, plan, document, output.console(markup=True, width=200))
     if directory:
         report.write(document, directory)
         problem = chart.draw(outcomes, plan, document, directory)

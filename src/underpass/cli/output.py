@@ -59,14 +59,15 @@ def open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def console(markup: bool = False) -> Console:
+def console(markup: bool = False, width: int = 160) -> Console:
     """Where people's text goes; wide enough to keep rows whole when stdout is no terminal.
 
     Args:
         markup: ``[bold]`` and the like in the text are rich's; else a name may hold brackets.
+        width: in columns, where stdout is no terminal.
     """
-    width = None if sys.stdout.isatty() else 160
-    return Console(highlight=False, markup=markup, width=width)
+    known = None if sys.stdout.isatty() else width
+    return Console(highlight=False, markup=markup, width=known)
 
 
 def print_json(value: Any) -> None:
