@@ -85,9 +85,12 @@ def _splice(number: int, size: int) -> int:
 def _splice_now(number: int, size: int) -> int:
     """Move what is there, without waiting."""
     into, out = os.pipe()
+    blocking = os.get_blocking(number)
+    os.set_blocking(number, False)  # the flag alone is about the pipe
     try:
         return os.splice(number, out, size, flags=_SPLICE_F_NONBLOCK)
     finally:
+        os.set_blocking(number, blocking)
         os.close(into)
         os.close(out)
 

@@ -39,8 +39,10 @@ def _splice_into_a_full_pipe(number: int) -> None:
         with contextlib.suppress(BlockingIOError):
             while True:
                 os.write(out, bytes(4096))
+        os.set_blocking(number, False)
         os.splice(number, out, SHORT, flags=guard._SPLICE_F_NONBLOCK)
     finally:
+        os.set_blocking(number, True)
         os.close(into)
         os.close(out)
 
