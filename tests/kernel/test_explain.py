@@ -48,7 +48,16 @@ def _id(worker: Worker) -> str:
 
 def _until(bed: Bed, reason: str) -> dict[str, Any]:
     """Wait until the one finding has this reason: a socket leaves with a packet of its own."""
-    wait_until(lambda: [f["reason"] for f in _explained(bed)] == [reason], f"it is {reason}")
+    told: list[str] = []
+
+    def tells() -> bool:
+        told[:] = [f["reason"] for f in _explained(bed)]
+        return told == [reason]
+
+    try:
+        wait_until(tells, f"it is {reason}")
+    except AssertionError:
+        pytest.fail(f"it is {told}, not {reason}")
     return _explained(bed)[0]
 
 
@@ -107,7 +116,9 @@ def test_an_end_that_was_shut_down(bed: Bed, plane: MakePlane, end: str, *, upgr
     _pair(bed, PORT + 1)
     if upgraded:
         dataplane.upgrade(bed.pins)
-    _shut_down(near if end == "client" else far)
+    closing, other = (near, far) if end == "client" else (far, near)
+    _shut_down(closing)
+    other.expect_eof()  # an end of file that is not read looks like a stuck reader
     _until(bed, "half-closed")
 
 
