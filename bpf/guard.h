@@ -158,35 +158,49 @@ static __always_inline bool stands(const struct up_owner *owner)
 	       (!owner->cookie || BPF_CORE_READ(sk, __sk_common.skc_cookie.counter) == (__s64)owner->cookie);
 }
 
-/* Who serves what arrives at this end: who listens at the very address, else at any. Of those whose listener
- * has closed, one is better than none for sockets that it accepted before. */
-static __always_inline struct up_owner *owner_of(__u64 netns, const struct up_address *local)
+/* Who serves what arrives at `place`: who listens at the very address, else at any. Of those whose listener
+ * has closed, one is better than none for sockets that it accepted before. Spoils `place`. */
+static __always_inline struct up_owner *owner_of(struct up_place *place)
 {
-	struct up_place place = {.netns = netns, .at = *local};
-	struct up_owner *owner = bpf_map_lookup_elem(&owners, &place), *closed;
+	struct up_owner *owner = bpf_map_lookup_elem(&owners, place), *closed;
 
 	if (owner && stands(owner))
 		return owner;
 	closed = owner;
-	place.at.ip[0] = place.at.ip[1] = place.at.ip[3] = 0;
-	if (local->ip[2] == bpf_htonl(0xffff)) {
-		owner = bpf_map_lookup_elem(&owners, &place);
+	place->at.ip[0] = place->at.ip[1] = place->at.ip[3] = 0;
+	if (place->at.ip[2] == bpf_htonl(0xffff)) {
+		owner = bpf_map_lookup_elem(&owners, place);
 		if (owner && stands(owner))
 			return owner;
 		closed = closed ?: owner;
 	}
-	place.at.ip[2] = 0;
-	owner = bpf_map_lookup_elem(&owners, &place);
+	place->at.ip[2] = 0;
+	owner = bpf_map_lookup_elem(&owners, place);
 	return owner && stands(owner) ? owner : closed ?: owner;
 }
 
-/* The same for the local end of `sk`, which need not be the caller's to lock. */
+/* The local end of `sk`, which need not be the caller's to lock; zeroed by the caller. */
+static __always_inline void read_place(const struct sock *sk, struct up_place *place)
+{
+	struct up_address remote;
+
+	read_sock_ends(sk, &place->at, &remote);
+	place->netns = BPF_CORE_READ(sk, __sk_common.skc_net.net, net_cookie);
+}
+
 static __always_inline struct up_owner *owner_at(const struct sock *sk)
 {
-	struct up_address local = {}, remote;
+	struct up_place place = {};
 
-	read_sock_ends(sk, &local, &remote);
-	return owner_of(BPF_CORE_READ(sk, __sk_common.skc_net.net, net_cookie), &local);
+	read_place(sk, &place);
+	return owner_of(&place);
+}
+
+/* That `sk` is the listener at this place. */
+static __always_inline void note_listener(struct up_owner *owner, const struct sock *sk)
+{
+	owner->cookie = BPF_CORE_READ(sk, __sk_common.skc_cookie.counter);
+	owner->listener = (__u64)sk;
 }
 
 /* Is it certain that who listens accepts, too? Else the listener may have been handed to a program that was

@@ -97,6 +97,7 @@ static __always_inline enum up_reason pair_server(struct bpf_sock_ops *ctx)
 	struct endpoint *ep;
 	struct view view = {};
 	struct up_owner *owner;
+	struct up_place place;
 	__u64 program;
 
 	if (!sk)
@@ -113,7 +114,8 @@ static __always_inline enum up_reason pair_server(struct bpf_sock_ops *ctx)
 		bpf_map_delete_elem(&syns, &number);
 		return UP_REMOTE_CLIENT;
 	}
-	owner = owner_of(view.netns, &view.server);
+	place = (struct up_place){.netns = view.netns, .at = view.server};
+	owner = owner_of(&place);
 	program = owner ? owner->program : 0;
 	if (!fault(UP_FAULT_ADDRESS_KEYS)) {
 		if (shake->refused) {
@@ -189,14 +191,17 @@ static __always_inline enum up_reason refusal(__u32 of_server)
  * that was in the map may have redirected to us: that has to arrive and to be read first. */
 static __always_inline bool server_refused(struct endpoint *ep)
 {
-	struct handshake *shake = bpf_map_lookup_elem(&handshakes, &ep->numbers);
+	struct handshake *shake;
 
-	if (ep->role != UP_CLIENT || !shake || !shake->refused)
+	if (ep->role != UP_CLIENT)
+		return false;
+	shake = bpf_map_lookup_elem(&handshakes, &ep->numbers);
+	if (!shake || !shake->refused)
 		return false;
 	if (!ep->leave) {
 		wants_out(ep, refusal(shake->refused));
 		if (!shake->server)
-			ep->gone_at = 0; /* it never was: nothing to wait for */
+			ep->gone_at = 0; /* it never was, or has redirected nothing */
 	}
 	return true;
 }

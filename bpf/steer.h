@@ -106,16 +106,6 @@ static __always_inline bool all_consumed(const struct endpoint *ep, const struct
 	return r->copied_seq == written;
 }
 
-static __always_inline enum up_reason redirect(struct sk_msg_md *msg, const struct tcp_sock *tp,
-					       struct endpoint *ep)
-{
-	if (bpf_msg_redirect_hash(msg, &sockets, &ep->peer, BPF_F_INGRESS) != SK_PASS)
-		return UP_PEER_GONE;
-	ep->redirect_seq = tp->write_seq;
-	ep->ask = 0;
-	return UP_SHORTCUT;
-}
-
 static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_sock *sk,
 					     struct endpoint *ep)
 {
@@ -174,7 +164,11 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 			return reason;
 		}
 	}
-	return redirect(msg, tp, ep);
+	if (bpf_msg_redirect_hash(msg, &sockets, &ep->peer, BPF_F_INGRESS) != SK_PASS)
+		return UP_PEER_GONE;
+	ep->redirect_seq = tp->write_seq;
+	ep->ask = 0;
+	return UP_SHORTCUT;
 }
 
 /* What the state of a socket in the map says of its program: the other connections stay on TCP, too. */

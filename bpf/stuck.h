@@ -118,28 +118,30 @@ static __always_inline bool tcp_came_first(const struct endpoint *ep)
 	return ep->role == UP_SERVER && bpf_map_lookup_elem(&handshakes, &ep->numbers);
 }
 
+/* Nothing redirected waits or is under way, either way: a thread of ours would be hidden from the peer once
+ * our psock is gone. Asked at both ends: a thread that brings something holds both psocks, but a reader asleep
+ * in native recv hides it at the peer, and so does the peer's having left. `here` of the threads inside are
+ * the one that asks. If not, a later packet is the moment to leave. */
+static __always_inline bool settled(const struct endpoint *ep, const struct sock *sk, int here)
+{
+	if (has_unread(sk) || order_at_stake(ep))
+		return false;
+	return fault(UP_FAULT_UNSETTLED) || (inside(sk) - here <= sleepers(sk) && !more_may_come(ep));
+}
+
 /* Our side is shut down; the other may go on. A thread asleep in tcp_bpf_recvmsg takes the wake-up that
  * the FIN's ACK brings for "nothing there" and returns EAGAIN, also from a blocking read
  * (tcp_msg_wait_data waits once). So the socket goes back to native reads now, before its reader
- * sleeps - unless bytes wait for it, or a sender may be on its way into its queue: it saw no shutdown
- * flag, then it is inside tcp_bpf_sendmsg and awake. */
+ * sleeps - unless bytes wait for it, or a sender that saw no shutdown flag is on its way into its
+ * queue. Who shuts us down holds no psock. */
 static __always_inline void half_close(struct bpf_sock_ops *ctx, struct endpoint *ep)
 {
-	const struct sock *peer = (const void *)ep->peer_sock, *own;
 	struct bpf_sock *sk = ctx->sk;
 	struct tcp_sock *tp;
 
 	tp = sk ? bpf_skc_to_tcp_sock(sk) : 0;
-	own = (const struct sock *)tp;
-	if (!tp || !psock_of(own) || has_unread(own))
-		return;
-	if (peer && inside(peer) > sleepers(peer))
-		return;
-	/* There a reader asleep in native recv hides the sender, and so does having left the map. Here
-	 * neither does: it holds our psock while it waits for our lock. Who shuts us down does not. */
-	if (inside(own) > sleepers(own) && !fault(UP_FAULT_UNSETTLED))
-		return;
-	leave(ctx, ep, tp, UP_HALF_CLOSED);
+	if (tp && psock_of((const struct sock *)tp) && settled(ep, (const struct sock *)tp, 0))
+		leave(ctx, ep, tp, UP_HALF_CLOSED);
 }
 
 static __always_inline void on_state(struct bpf_sock_ops *ctx)
@@ -174,20 +176,12 @@ static __always_inline void start_afresh(struct bpf_sock_ops *ctx)
 	__builtin_memset(ep, 0, sizeof(*ep));
 }
 
-/* May a thread be on its way from this, the calling socket into its peer's queue? It has released the
- * lock; whoever holds it now, if anybody does, is the one that builds this packet. */
-static __always_inline bool redirects(const struct sock *sk)
+/* As a packet is built. Whoever holds the lock, if anybody does, is the one that builds it. */
+static __always_inline bool settled_here(const struct endpoint *ep, const struct tcp_sock *tp)
 {
-	return inside(sk) - (BPF_CORE_READ(sk, sk_lock.owned) ? 1 : 0) > sleepers(sk);
-}
+	const struct sock *sk = (const struct sock *)tp;
 
-/* Nothing redirected waits or is under way, either way: a thread of ours would be hidden from the peer
- * once our psock is gone. If not, a later packet is the moment to leave. */
-static __always_inline bool settled(const struct endpoint *ep, const struct sock *sk)
-{
-	if (has_unread(sk) || order_at_stake(ep))
-		return false;
-	return fault(UP_FAULT_UNSETTLED) || (!more_may_come(ep) && !redirects(sk));
+	return settled(ep, sk, BPF_CORE_READ(sk, sk_lock.owned) ? 1 : 0);
 }
 
 static __always_inline void on_packet(struct bpf_sock_ops *ctx)
@@ -211,7 +205,7 @@ static __always_inline void on_packet(struct bpf_sock_ops *ctx)
 			clear_flags(ctx, BUILD_FLAG);
 		return;
 	}
-	if ((!ep->peer.cookie || !ep->certain) && !ep->leave)
+	if (!ep->certain && !ep->leave)
 		server_refused(ep); /* a server that speaks first is acknowledged before we say anything */
 	if (!ep->certain && ep->role == UP_SERVER && tp->inet_conn.icsk_inet.sk.sk_socket) {
 		why = acceptor((const struct sock *)tp, &ep->program);
@@ -225,7 +219,7 @@ static __always_inline void on_packet(struct bpf_sock_ops *ctx)
 	if (CTX(state) == BPF_TCP_FIN_WAIT1) /* its FIN: a moment later, perhaps a better one */
 		return half_close(ctx, ep);
 	now = bpf_ktime_get_ns();
-	if (ep->leave && now - ep->gone_at > PATIENCE_NS && settled(ep, (const struct sock *)tp))
+	if (ep->leave && now - ep->gone_at > PATIENCE_NS && settled_here(ep, tp))
 		return leave(ctx, ep, tp, ep->leave);
 	copied = tp->copied_seq;
 	if (tp->rcv_nxt == copied) {
@@ -244,7 +238,7 @@ static __always_inline void on_packet(struct bpf_sock_ops *ctx)
 		ep->seen_at = now;
 		return;
 	}
-	if (now - ep->seen_at >= PATIENCE_NS && settled(ep, (const struct sock *)tp))
+	if (now - ep->seen_at >= PATIENCE_NS && settled_here(ep, tp))
 		leave(ctx, ep, tp, UP_READER_STUCK);
 }
 

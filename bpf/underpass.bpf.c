@@ -120,15 +120,14 @@ int up_drain(struct bpf_iter__sockmap *ctx)
 {
 	const struct key *at = ctx->key;
 	struct sock *sk = ctx->sk;
+	struct endpoint *ep;
 	struct key key;
-	bool busy;
 
 	if (!sk || !at)
 		return 0;
 	key = *at;
-	busy = has_unread(sk) || inside(sk) > sleepers(sk) ||
-	       more_may_come(bpf_sk_storage_get(&endpoints, sk, 0, 0));
-	if (busy && !fault(UP_FAULT_DRAIN_UNREAD)) {
+	ep = bpf_sk_storage_get(&endpoints, sk, 0, 0);
+	if (ep && !settled(ep, sk, 0) && !fault(UP_FAULT_DRAIN_UNREAD)) {
 		record(ctx, sk);
 		return 0;
 	}

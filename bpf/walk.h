@@ -49,16 +49,14 @@ static __always_inline bool adopting(void)
 /* A listener that nobody saw begin: whose it is, user space finds out. */
 static __always_inline void stood_before(const struct sock *sk)
 {
-	struct up_owner owner = {.listener = (__u64)sk}, *known;
+	struct up_owner owner = {}, *known;
 	struct up_place place = {};
-	struct up_address remote;
 
-	read_sock_ends(sk, &place.at, &remote);
-	place.netns = BPF_CORE_READ(sk, __sk_common.skc_net.net, net_cookie);
+	read_place(sk, &place);
 	known = bpf_map_lookup_elem(&owners, &place);
 	if (known && stands(known))
 		return;
-	owner.cookie = BPF_CORE_READ(sk, __sk_common.skc_cookie.counter);
+	note_listener(&owner, sk);
 	bpf_map_update_elem(&owners, &place, &owner, BPF_ANY);
 }
 

@@ -16,28 +16,18 @@
 #define IPPROTO_TCP 6
 #define IPPROTO_MPTCP 262
 
-/* CO-RE picks the architecture's own as the object is loaded. */
-struct arguments {
-	__u64 first, second, third, fourth;
-};
-
-static __always_inline void read_arguments(const void *regs, struct arguments *a)
-{
-	const struct pt_regs___x86 *x86 = regs;
-	const struct pt_regs___arm64 *arm = regs;
-
-	if (bpf_core_field_exists(x86->r10)) {
-		a->first = BPF_CORE_READ(x86, di);
-		a->second = BPF_CORE_READ(x86, si);
-		a->third = BPF_CORE_READ(x86, dx);
-		a->fourth = BPF_CORE_READ(x86, r10);
-	} else {
-		a->first = BPF_CORE_READ(arm, orig_x0);
-		a->second = BPF_CORE_READ(arm, regs[1]);
-		a->third = BPF_CORE_READ(arm, regs[2]);
-		a->fourth = BPF_CORE_READ(arm, regs[3]);
-	}
-}
+/* An argument of a system call, 0 to 3, read directly: this runs with every message of the node. CO-RE picks the
+ * architecture's own as the object is loaded. */
+#define ARGUMENT(at, x86_name, arm_name)                                                 \
+	({                                                                                         \
+		const struct pt_regs___x86 *x86 = at;                                            \
+		const struct pt_regs___arm64 *arm = at;                                          \
+		bpf_core_field_exists(x86->r10) ? x86->x86_name : arm->arm_name;                   \
+	})
+#define FIRST(at) ARGUMENT(at, di, orig_x0)
+#define SECOND(at) ARGUMENT(at, si, regs[1])
+#define THIRD(at) ARGUMENT(at, dx, regs[2])
+#define FOURTH(at) ARGUMENT(at, r10, regs[3])
 
 static __always_inline __u32 reading(__u64 flags)
 {
@@ -53,31 +43,23 @@ static __always_inline __u32 writing(__u64 flags)
 #define ACCEPTS (1u << 31) /* no sign of anything: the call accepts */
 
 /* The signs that a call gives, if it is on a TCP socket; 0 for nearly all. */
-static __always_inline __u32 signs_of_call(const void *regs, __u64 call, __u64 *fd)
+static __always_inline __u32 signs_of_call(const void *regs, __u64 call)
 {
-	struct arguments a;
-	__u32 signs;
-
-	if (call != knobs.calls.recvfrom && call != knobs.calls.recvmsg && call != knobs.calls.recvmmsg &&
-	    call != knobs.calls.sendto && call != knobs.calls.sendmsg && call != knobs.calls.sendmmsg &&
-	    call != knobs.calls.splice && call != knobs.calls.getsockopt &&
-	    call != knobs.calls.accept && call != knobs.calls.accept4)
-		return 0;
-	read_arguments(regs, &a);
-	*fd = a.first;
+	if (call == knobs.calls.recvfrom || call == knobs.calls.recvmmsg)
+		return reading(FOURTH(regs));
+	if (call == knobs.calls.recvmsg)
+		return reading(THIRD(regs));
+	if (call == knobs.calls.sendto || call == knobs.calls.sendmmsg)
+		return writing(FOURTH(regs));
+	if (call == knobs.calls.sendmsg)
+		return writing(THIRD(regs));
 	if (call == knobs.calls.accept || call == knobs.calls.accept4)
 		return ACCEPTS;
 	if (call == knobs.calls.splice)
-		signs = UP_SIGN_SPLICE;
-	else if (call == knobs.calls.getsockopt)
-		signs = a.second == SOL_TCP && a.third == TCP_ZEROCOPY_RECEIVE ? UP_SIGN_ZEROCOPY : 0;
-	else if (call == knobs.calls.recvfrom || call == knobs.calls.recvmmsg)
-		signs = reading(a.fourth);
-	else if (call == knobs.calls.recvmsg)
-		signs = reading(a.third);
-	else
-		signs = writing(call == knobs.calls.sendmsg ? a.third : a.fourth);
-	return signs;
+		return UP_SIGN_SPLICE;
+	if (call == knobs.calls.getsockopt && SECOND(regs) == SOL_TCP && THIRD(regs) == TCP_ZEROCOPY_RECEIVE)
+		return UP_SIGN_ZEROCOPY;
+	return 0;
 }
 
 /* The TCP socket behind a descriptor of the calling task, 0 if it is none. */
@@ -127,41 +109,37 @@ static __noinline void served_by(const struct sock *sk, __u64 program)
 /* `program` is about to accept from `sk`. */
 static __noinline void accepts(const struct sock *sk, __u64 program)
 {
-	struct up_owner fresh = {.program = program, .listener = (__u64)sk, .accepts = 1}, *owner;
+	struct up_owner fresh = {.program = program, .accepts = 1}, *owner;
 	struct up_program *p = bpf_map_lookup_elem(&programs, &program);
 	struct up_place place = {};
-	struct up_address remote;
 
 	if (BPF_CORE_READ(sk, __sk_common.skc_state) != BPF_TCP_LISTEN)
 		return;
-	read_sock_ends(sk, &place.at, &remote);
-	place.netns = BPF_CORE_READ(sk, __sk_common.skc_net.net, net_cookie);
+	read_place(sk, &place);
 	owner = bpf_map_lookup_elem(&owners, &place);
 	if (!owner) { /* it had made room */
-		fresh.cookie = BPF_CORE_READ(sk, __sk_common.skc_cookie.counter);
+		note_listener(&fresh, sk);
 		bpf_map_update_elem(&owners, &place, &fresh, BPF_NOEXIST);
 		return;
 	}
 	if (p && owner->program == program && !p->accepts)
 		p->accepts = 1;
 	serves(owner, program);
-	if (owner->listener != (__u64)sk && !stands(owner)) { /* another at this place has closed */
-		owner->cookie = BPF_CORE_READ(sk, __sk_common.skc_cookie.counter);
-		owner->listener = (__u64)sk;
-	}
+	if (owner->listener != (__u64)sk && !stands(owner))
+		note_listener(owner, sk); /* another at this place has closed */
 	if (!owner->accepts)
 		owner->accepts = 1;
 }
 
 static __always_inline void watch(const void *regs, __u64 call)
 {
-	__u64 fd, program, cookie;
+	__u64 program, cookie;
 	const struct sock *sk;
-	__u32 signs = signs_of_call(regs, call, &fd), *mark, all;
+	__u32 signs = signs_of_call(regs, call), *mark, all;
 
 	if (!signs)
 		return;
-	sk = tcp_socket(fd);
+	sk = tcp_socket(FIRST(regs));
 	if (!sk || !covered(sk))
 		return;
 	program = current_program();

@@ -392,10 +392,6 @@ class Dataplane:
         ordered = sorted(found, key=lambda item: -item[1].first_seen)
         return [programs.describe(k.value, p, self.about.knobs.observe_ns) for k, p in ordered]
 
-    def unseen(self) -> list[Program]:
-        """Rules about programs that are not known, as if they were."""
-        return programs.unseen(self.rules(), self.programs())
-
     def rules(self) -> dict[tuple[int, bytes], int]:
         """(key, name) -> rule; either the key is 0 or the name empty."""
         found = libbpf.items(self.fd("rules"), abi.RuleKey, abi.u32)

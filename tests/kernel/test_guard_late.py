@@ -49,25 +49,21 @@ def _splice_into_a_full_pipe(number: int) -> None:
 
 @pytest.mark.parametrize("fault", [Fault(0), Fault.LATE_SPLICE], ids=["rule", "twin"])
 def test_a_late_splice_does_not_swap(bed: Bed, plane: MakePlane, fault: Fault) -> None:
-    """Claim: what an admitted program splices too late comes late, but never out of order."""
-    underpass_ = plane(guard.SOON, fault, watch=True)
-    client, server = guard._admit(underpass_, bed)
-    near, far = couple(client, server, (SERVER4, 8081))
-    assert guard._carried(underpass_, near, far)
-    near.send(STREAM, guard.MESSAGE)
-    with pytest.raises(BlockingIOError):
-        far.worker.call(guard._splice_now, far.number, guard.MESSAGE)
+    """Claim: what an admitted program splices too late comes late, but not out of order."""
+    underpass = plane(guard.SOON, fault, watch=True)
+    near, far = _pair(underpass, bed)
+    near.send(STREAM, SHORT)
+    _splices_nothing(far)
     for _ in range(3):
-        near.send(STREAM, guard.MESSAGE)
+        near.send(STREAM, SHORT)
     if fault:
-        assert far.worker.call(guard._splice_now, far.number, guard.MESSAGE) > 0
+        assert far.worker.call(guard._splice_now, far.number, SHORT) > 0
         return
-    with pytest.raises(BlockingIOError):
-        far.worker.call(guard._splice_now, far.number, guard.MESSAGE)
-    far.receive(STREAM, 4 * guard.MESSAGE)
-    assert not guard._carried(underpass_, near, far)
-    near.send(STREAM, guard.MESSAGE)
-    assert far.worker.submit(guard._splice, far.number, guard.MESSAGE).result(20) == guard.MESSAGE
+    _splices_nothing(far)
+    far.receive(STREAM, 4 * SHORT)
+    assert not guard._carried(underpass, near, far)
+    near.send(STREAM, SHORT)
+    assert far.worker.submit(guard._splice, far.number, SHORT).result(20) == SHORT
 
 
 @pytest.mark.parametrize("fault", [Fault(0), Fault.LATE_SPLICE], ids=["rule", "twin"])

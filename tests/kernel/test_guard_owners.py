@@ -6,6 +6,7 @@ import platform
 import socket
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from tests.kernel import test_guard as guard
 from tests.kernel.bed import ADMITTING, SERVER4, Bed
 from tests.kernel.fixtures import MakePlane
 from tests.kernel.handing import hand_on
-from tests.kernel.remote import connect, couple, exchange, listen
+from tests.kernel.remote import Remote, connect, couple, exchange, listen
 from tests.kernel.waiting import wait_until
 from underpass import abi, libbpf, programs
 from underpass.generation import Dataplane
@@ -35,6 +36,27 @@ def _forget_by_pressure(plane: Dataplane, worker: Worker) -> None:
     libbpf.delete(plane.fd("programs"), abi.u64(found[0]))
 
 
+@dataclass(frozen=True)
+class _Handed:
+    """A listener that its program never accepted from, in the hands of a new one."""
+
+    client: Worker
+    holder: Worker
+    heir: Worker
+    listener: Remote
+
+    @classmethod
+    def on(cls, plane: Dataplane, bed: Bed) -> _Handed:
+        """Client and holder are admitted."""
+        client, holder = _admit_a_holder(plane, bed)
+        heir = bed.worker("server")
+        return cls(client, holder, heir, hand_on(listen(holder, ELSEWHERE), heir))
+
+    def pair(self) -> tuple[Remote, Remote]:
+        """A connection that the heir has accepted."""
+        return connect(self.client, ELSEWHERE), self.listener.accept()
+
+
 def _admit_a_holder(plane: Dataplane, bed: Bed) -> tuple[Worker, Worker]:
     """A client, and an admitted program in the server's pod that has never accepted."""
     client, server = guard._admit(plane, bed)
@@ -47,42 +69,36 @@ def _admit_a_holder(plane: Dataplane, bed: Bed) -> tuple[Worker, Worker]:
 def test_who_accepts_decides(bed: Bed, plane: MakePlane, fault: Fault) -> None:
     """Claim: a new program that was handed a listener gets its first bytes by TCP."""
     underpass = plane(guard.SOON, fault, watch=True)
-    client, holder = _admit_a_holder(underpass, bed)
-    heir = bed.worker("server")
-    listener = hand_on(listen(holder, ELSEWHERE), heir)
-    near = connect(client, ELSEWHERE)
+    handed = _Handed.on(underpass, bed)
+    near = connect(handed.client, ELSEWHERE)
     near.send(1, MESSAGE)  # before anybody has accepted
-    far = listener.accept()
+    far = handed.listener.accept()
     if fault:
         with pytest.raises(BlockingIOError):
-            heir.call(guard._splice_now, far.number, MESSAGE)
+            far.worker.call(guard._splice_now, far.number, MESSAGE)
         return
-    assert heir.submit(guard._splice, far.number, MESSAGE).result(20) == MESSAGE
-    assert guard._of(underpass, heir).verdict == "kept-out"
-    assert guard._of(underpass, holder).verdict == "admitted"
-    near, far = connect(client, ELSEWHERE), listener.accept()
+    assert far.worker.submit(guard._splice, far.number, MESSAGE).result(20) == MESSAGE
+    assert guard._of(underpass, handed.heir).verdict == "kept-out"
+    assert guard._of(underpass, handed.holder).verdict == "admitted"
+    again = handed.pair()
     for _ in range(3):
-        assert not guard._carried(underpass, near, far)
+        assert not guard._carried(underpass, *again)
 
 
 def test_who_was_handed_a_listener_is_watched(bed: Bed, plane: MakePlane) -> None:
     """Claim: its first connection leaves the map, and it is admitted once it has run."""
     underpass = plane(guard.SOON, watch=True)
-    client, holder = _admit_a_holder(underpass, bed)
-    heir = bed.worker("server")
-    listener = hand_on(listen(holder, ELSEWHERE), heir)
-    near = connect(client, ELSEWHERE)
-    far = listener.accept()
-    assert not guard._carried(underpass, near, far)
+    handed = _Handed.on(underpass, bed)
+    first = handed.pair()
+    assert not guard._carried(underpass, *first)
 
     def left() -> bool:
-        exchange(near, far, 1, rounds=1)
+        exchange(*first, 1, rounds=1)
         return underpass.endpoints() == []
 
     wait_until(left, "the pair leaves the map")
-    again = connect(client, ELSEWHERE), listener.accept()
-    guard._run_until_admitted(underpass, *again)
-    assert guard._carried(underpass, connect(client, ELSEWHERE), listener.accept())
+    guard._run_until_admitted(underpass, *handed.pair())
+    assert guard._carried(underpass, *handed.pair())
 
 
 def test_of_several_who_accept_the_new_one_decides(bed: Bed, plane: MakePlane) -> None:
@@ -101,21 +117,23 @@ def test_of_several_who_accept_the_new_one_decides(bed: Bed, plane: MakePlane) -
     assert guard._carried(underpass, *first)
 
 
-def test_every_message_to_who_was_handed_a_listener(bed: Bed, plane: MakePlane) -> None:
+@pytest.mark.parametrize("fault", [Fault(0), Fault.LISTENER_DECIDES], ids=["rule", "twin"])
+def test_every_message_to_who_was_handed_a_listener(
+    bed: Bed, plane: MakePlane, fault: Fault
+) -> None:
     """Claim: small messages, each read before the next, stay on TCP until the heir is admitted."""
-    underpass = plane(guard.SOON, watch=True)
-    client, holder = _admit_a_holder(underpass, bed)
-    heir = bed.worker("server")
-    listener = hand_on(listen(holder, ELSEWHERE), heir)
-    near = connect(client, ELSEWHERE)
-    far = listener.accept()
+    underpass = plane(guard.SOON, fault, watch=True)
+    near, far = _Handed.on(underpass, bed).pair()
     before = underpass.counters().shortcut_messages_total
     near.send(1, SHORT)
     far.receive(1, SHORT)
     for _ in range(3):
         near.send(1, SHORT)
+    if fault:
+        assert underpass.counters().shortcut_messages_total == before + 4
+        return
     assert underpass.counters().shortcut_messages_total == before
-    assert heir.call(guard._splice_now, far.number, 4 * SHORT) == 3 * SHORT
+    assert far.worker.call(guard._splice_now, far.number, 4 * SHORT) == 3 * SHORT
 
 
 def test_an_accept_in_vain_admits_nobody(bed: Bed, plane: MakePlane) -> None:

@@ -7,17 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from underpass.bench import drawing
 from underpass.bench.compare import Mode, Outcome, Placement
 from underpass.bench.runner import Plan
 
-_STYLE = {
-    Mode.DEFAULT: ("#8b95a5", "default TCP"),
-    Mode.SHORTCUT: ("#0b7a75", "underpass"),
-    Mode.NAIVE: ("#8e5bb5", "naive bypass, a yardstick"),
-    Mode.UNIX: ("#d98324", "AF_UNIX, the practical limit"),
-}
-_TITLES = {"tcp_lat": "Latency, one way (µs): lower is better",
-           "tcp_bw": "Throughput (Mb/s): higher is better"}  # fmt: skip
+_STYLE = {Mode(way): (drawing.COLOURS[way], words) for way, words in drawing.WAYS.items()}
 _SIZES = {1024: "1K", 4096: "4K", 16384: "16K"}
 
 
@@ -125,7 +119,7 @@ def _lines(axes: Any, outcomes: Sequence[Outcome], placement: Placement) -> None
                 fontweight="bold",
             )
     axes.set_xlabel("message size (byte)")
-    axes.set_title(f"{_TITLES[test]}\n{placement}", loc="left", fontsize=10.5)
+    axes.set_title(f"{drawing.TITLES[test]}\n{placement}", loc="left", fontsize=10.5)
 
 
 def _bars(axes: Any, outcomes: Sequence[Outcome], placement: Placement) -> None:

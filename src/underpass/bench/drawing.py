@@ -15,6 +15,14 @@ WAYS = {
     "unix": "AF_UNIX, the practical limit",
 }
 
+#: Their colours on paper.
+COLOURS = {"default": "#8b95a5", "shortcut": "#0b7a75", "naive": "#8e5bb5", "unix": "#d98324"}
+#: Tests by message size, with what a panel of them says.
+TITLES = {
+    "tcp_lat": "Latency, one way (us): lower is better",
+    "tcp_bw": "Throughput (Mb/s): higher is better",
+}
+
 _WIDTH, _LEFT, _RIGHT = 640, 64, 16
 _TOP, _HEIGHT, _FOOT = 14, 230, 62
 _BAR, _GAP, _NAMES, _VALUES = 15, 14, 150, 150

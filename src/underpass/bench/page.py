@@ -22,9 +22,10 @@ DATA_ID = "results"
 
 _NOTHING_ELSE = "default-src 'none'; style-src 'unsafe-inline'"
 
+_PALETTE = " ".join(f"--{way}: {colour};" for way, colour in drawing.COLOURS.items())
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d232b; --dim: #5b6472; --rule: #dfe3e8; --paper: #fff;
-  --default: #8b95a5; --shortcut: #0b7a75; --unix: #d98324; --naive: #8e5bb5; --bad: #b3261e; }
+  --bad: #b3261e; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --dim: #a3acba; --rule: #39414c;
   --paper: #14181d; --shortcut: #3fb8b0; --bad: #ff8a80; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
@@ -47,10 +48,6 @@ svg .ratio { fill: var(--shortcut); font-weight: bold; }
 .key { display: inline-block; width: .9em; height: .9em; margin: 0 .4em 0 1.2em;
   background: var(--way); }
 """
-_TESTS = {
-    "tcp_lat": "Latency, one way (us): lower is better",
-    "tcp_bw": "Throughput (Mb/s): higher is better",
-}
 _RUN = (
     *("Placement", "Test", "Row", "Mode", "Round", "Figure", "Volume", "Pairs"),
     *("Shortcut messages", "Shortcut bytes", "TCP messages by reason", "CPU seconds"),
@@ -95,7 +92,8 @@ def render(document: dict[str, Any]) -> str:
         '<html lang="en"><head><meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{_NOTHING_ELSE}">',
         '<meta name="viewport" content="width=device-width">',
-        f"<title>{escape(title)}</title><style>{_STYLE}{_colours()}</style></head><body>",
+        f"<title>{escape(title)}</title>",
+        f"<style>:root {{ {_PALETTE} }}{_STYLE}{_colours()}</style></head><body>",
         f"<h1>{escape(title)}</h1>",
         f'<p class="dim">{escape(document["path"])}; {escape(document["started"])}</p>',
         _verdict(document),
@@ -149,9 +147,9 @@ def _placement(document: dict[str, Any], placement: dict[str, Any]) -> str:
     figures = []
     for test in dict.fromkeys(row["test"] for row in rows):
         here = [row for row in rows if row["test"] == test]
-        sized = test in _TESTS
+        sized = test in drawing.TITLES
         better = "lower" if here[0]["less_is_better"] else "higher"
-        title = _TESTS.get(test, f"{test}, relative to default: {better} is better")
+        title = drawing.TITLES.get(test, f"{test}, relative to default: {better} is better")
         chart = (drawing.lines if sized else drawing.bars)(here, title)
         axis = "Message size in bytes; below it shortcut / default." if sized else ""
         head = f"<strong>{escape(title)}</strong> <span class=dim>{axis}</span>"

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from underpass import __version__
+from underpass.bench import drawing
 from underpass.bench.bed import Way
 from underpass.bench.compare import (
     ALSO,
@@ -44,10 +45,7 @@ _VERSION_FLAGS = {
 
 def figure(value: float) -> str:
     """Three significant digits, as qperf prints: 4.15, 12.6, 846, 24900."""
-    if value >= 1000:
-        digits = len(str(int(value))) - 3
-        return str(round(value / 10**digits) * 10**digits)
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+    return drawing.number(value).replace(",", "")
 
 
 def cell(spread: Spread | None) -> str:

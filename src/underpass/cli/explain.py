@@ -53,7 +53,7 @@ def explain(pins: Path, client: str, server: str, as_json: bool) -> None:
     for finding in findings:
         if finding.subject != subject:
             subject = finding.subject
-            output.say(subject)
-        output.say(f"  {finding.path}: {finding.sentence}")
+            click.echo(subject)
+        click.echo(f"  {finding.path}: {finding.sentence}")
         if finding.next_step != "nothing to do":
-            output.say(f"    next: {finding.next_step}")
+            click.echo(f"    next: {finding.next_step}")

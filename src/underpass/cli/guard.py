@@ -43,7 +43,8 @@ def list_(pins: Path, as_json: bool) -> None:
     After them, the rules about programs that have not been seen.
     """
     with dataplane.Dataplane.open(pins) as plane:
-        found = plane.programs() + plane.unseen()
+        found = plane.programs()
+        found += programs.unseen(plane.rules(), found)
         observe = plane.about.knobs.observe_ns / 1e9
     if as_json:
         output.print_json(found)
