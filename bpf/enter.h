@@ -140,6 +140,7 @@ static __always_inline struct endpoint *enter(struct bpf_sock_ops *ctx, __u8 rol
 		*why = ep->reason = why_not_inserted(error); /* kept for `explain` */
 		return 0;
 	}
+	ep->sock = (__u64)tp;
 	ep->role = role;
 	ep->reason = UP_NO_MESSAGE;
 	ep->epoch = ~0ull; /* its first message looks the verdicts up */

@@ -46,7 +46,16 @@ struct fdtable { unsigned int max_fds; struct file **fd; };
 struct files_struct { struct fdtable *fdt; };
 struct mm_struct { unsigned long arg_start, arg_end; struct file *exe_file; };
 struct thread_info { unsigned long flags; __u32 status; };
-struct task_struct { struct thread_info thread_info; int tgid; struct mm_struct *mm; struct files_struct *files; };
+struct task_struct {
+	struct thread_info thread_info;
+	int tgid;
+	__u32 self_exec_id;
+	unsigned long nivcsw;
+	__u64 start_boottime;
+	struct task_struct *group_leader;
+	struct mm_struct *mm;
+	struct files_struct *files;
+};
 struct pt_regs___x86 { unsigned long di, si, dx, r10; };
 struct pt_regs___arm64 { __u64 regs[31]; __u64 orig_x0; };
 struct in6_addr { union { __u8 u6_addr8[16]; __u32 u6_addr32[4]; } in6_u; };
@@ -101,6 +110,7 @@ struct tcp_sock {
 	__u32 copied_seq, rcv_nxt, write_seq, snd_una;
 	__u8 bpf_sock_ops_cb_flags;
 	__u8 is_mptcp;
+	__u8 nonagle;
 };
 /* Only where its bit stands counts: it moves between kernels. */
 enum sock_flags { SOCK_ZEROCOPY = 1 };

@@ -5,13 +5,45 @@
 
 #include "enter.h"
 
-/* A program begins to connect: the one moment at which a client's program is known for sure. */
+static __always_inline __u64 seal(__u64 cookie, __u64 program)
+{
+	return mix(cookie, program);
+}
+
+/* A program begins to connect: the one moment at which a client's program is known for sure. Most connections
+ * leave the node, so the socket gets no state of ours yet. */
 static __always_inline void on_connect(struct bpf_sock_ops *ctx)
 {
+	__u64 cookie = bpf_get_socket_cookie(ctx);
+	__u32 slot = cookie & (CALLERS - 1);
 	struct bpf_sock *sk = ctx->sk;
+	struct endpoint *before;
+	struct caller *caller;
+	__u64 program;
 
-	if (sk && !draining() && !closed())
-		fresh_endpoint(sk, current_program());
+	before = sk ? bpf_sk_storage_get(&endpoints, sk, 0, 0) : 0;
+	if (before)
+		__builtin_memset(before, 0, sizeof(*before));
+	caller = bpf_map_lookup_elem(&callers, &slot);
+	if (!caller || draining() || closed())
+		return;
+	program = current_program();
+	*(volatile __u64 *)&caller->program = program;
+	*(volatile __u64 *)&caller->seal = seal(cookie, program);
+}
+
+/* The program that connected this socket; 0 = unknown. */
+static __always_inline __u64 caller_of(struct bpf_sock_ops *ctx)
+{
+	__u64 cookie = bpf_get_socket_cookie(ctx);
+	__u32 slot = cookie & (CALLERS - 1);
+	struct caller *caller = bpf_map_lookup_elem(&callers, &slot);
+	__u64 program;
+
+	if (!caller)
+		return 0;
+	program = *(volatile __u64 *)&caller->program;
+	return *(volatile __u64 *)&caller->seal == seal(cookie, program) ? program : 0;
 }
 
 /* A socket begins to listen: let it tell us of each SYN that it answers. */

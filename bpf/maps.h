@@ -28,7 +28,10 @@ struct endpoint {
 	struct key self;
 	struct key peer; /* cookie 0 = not paired */
 	struct numbers numbers; /* of its handshake */
+	__u64 sock;      /* kernel address of its own socket */
 	__u64 peer_sock; /* kernel address, only ever read through look() */
+	__u64 peer_state; /* kernel address of its struct endpoint, only ever read through answers() */
+	__u64 answered;  /* what the peer had sent as the run of small messages began */
 	__u64 shortcut_bytes;
 	__u64 shortcut_messages;
 	__u64 tcp_messages;
@@ -38,6 +41,7 @@ struct endpoint {
 	__u64 program;      /* key of the program that connected or listens, 0 = unknown */
 	__u64 peer_program;
 	__u64 epoch;       /* state of the news at the last look at the verdicts */
+	__u64 told_at;     /* ns: when it announced to its peer that it leaves */
 	__u64 gone_at;     /* ns: when the peer was first missed, or it was found guarded */
 	__u64 seen_at;     /* ns: since when the TCP bytes before `seen_end` wait, none redirected ahead */
 	__u32 seen_end;
@@ -57,7 +61,11 @@ struct endpoint {
 	__u8 guarded; /* a sign was seen at one of the ends: TCP from now on, and out of the map */
 	__u8 spliced; /* its peer was spliced from in the map: TCP bytes would overtake what waits there */
 	__u8 certain;  /* who serves the server's end is known for sure */
-	__u8 pad[3];
+	__u8 loopback; /* both ends are in one network namespace */
+	__u8 hasty;    /* it leaves as soon as its peer has been told */
+	__s8 side;     /* runs in a row in which the reader ran on another core; below 0: in which it did not */
+	__u32 small;   /* small messages in a row that a busy reader had not asked for; see small.h */
+	__u32 sent, taken, switches; /* as the run began: bytes sent, taken by the reader; the sender's switches */
 };
 
 /* Written by sock_ops. Full: the connection stays on TCP (map-full). Entries go when a socket closes. */
@@ -96,6 +104,20 @@ struct syn {
 	__u64 ambiguous;
 };
 
+/* Who connects, from CONNECT, which runs in the caller, to the end of the handshake. By the low bits of the socket's
+ * cookie, which count up: another's entry stands there only after 65536 more. Then the program is unknown. */
+#define CALLERS 65536
+struct caller {
+	__u64 program;
+	__u64 seal; /* tells whose, and that both were written together */
+};
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, CALLERS);
+	__type(key, __u32);
+	__type(value, struct caller);
+} callers SEC(".maps");
+
 /* Client's initial number -> the SYN that a listener of this node is answering. Written by the SYN-ACK
  * callback, deleted by whichever ESTABLISHED callback comes; LRU, so that a SYN flood only costs pairing. */
 struct {
@@ -110,13 +132,15 @@ struct handshake {
 	__u64 client;        /* cookies and addresses of the two sockets */
 	__u64 client_sock;
 	__u64 server_sock;
+	__u64 client_state;  /* addresses of their struct endpoint */
+	__u64 server_state;
 	__u64 server;        /* written last; 0 = not yet */
 	__u32 ambiguous;
 	__u32 refused;       /* enum up_reason: why this does not become a pair */
 	__u32 early;         /* a thread slept on the client's socket before it entered */
 	__u32 outside;       /* the client did not enter the map: nobody waits for the answer */
 	__u32 certain;       /* who serves the server's end is known for sure */
-	__u32 pad;
+	__u32 loopback;
 	__u64 client_program;
 	__u64 server_program;
 };

@@ -53,8 +53,7 @@ static __noinline void on_client(struct bpf_sock_ops *ctx)
 	}
 	if (fault(UP_FAULT_ADDRESS_KEYS))
 		key = address_key(&local, &remote);
-	ep = bpf_sk_storage_get(&endpoints, sk, 0, 0);
-	program = ep ? ep->program : 0;
+	program = caller_of(ctx);
 	shake.client_program = program;
 	why = admitted(program);
 	if (why != UP_SHORTCUT) {
@@ -71,6 +70,8 @@ static __noinline void on_client(struct bpf_sock_ops *ctx)
 	shake.client = ep->self.cookie;
 	tp = bpf_skc_to_tcp_sock(sk);
 	shake.client_sock = (__u64)tp;
+	shake.client_state = (__u64)ep;
+	ep->loopback = shake.loopback = shake.view.netns == bpf_get_netns_cookie(ctx);
 	shake.early = !tp || sleepers((const struct sock *)tp) != 0;
 	error = bpf_map_update_elem(&handshakes, &key, &shake,
 				    fault(UP_FAULT_ADDRESS_KEYS) ? BPF_ANY : BPF_NOEXIST);
@@ -148,12 +149,15 @@ static __always_inline enum up_reason pair_server(struct bpf_sock_ops *ctx)
 	ep->peer_program = shake->client_program;
 	shake->server_program = program;
 	ep->peer_sock = shake->client_sock;
+	ep->peer_state = shake->client_state;
+	ep->loopback = shake->loopback != 0;
 	ep->peer.cookie = shake->client;
 	ep->peer.numbers = fault(UP_FAULT_STALE_PEER) ? (struct numbers){} : key;
 	ep->redirect_seq = snd;
 	ep->ask = shake->early != 0;
 	ep->certain = shake->certain = sure_to_serve(owner) || fault(UP_FAULT_LISTENER_DECIDES);
 	shake->server_sock = (__u64)bpf_skc_to_tcp_sock(sk);
+	shake->server_state = (__u64)ep;
 	*(volatile __u64 *)&shake->server = ep->self.cookie;
 	return UP_SHORTCUT;
 }
@@ -184,7 +188,9 @@ static __noinline void on_server(struct bpf_sock_ops *ctx)
 /* Why a client leaves whose server did not enter. */
 static __always_inline enum up_reason refusal(__u32 of_server)
 {
-	return of_server == UP_OBSERVED || of_server == UP_GUARDED ? of_server : UP_PEER_REFUSED;
+	return of_server == UP_OBSERVED || of_server == UP_GUARDED || of_server == UP_SMALL_STREAM
+		       ? of_server
+		       : UP_PEER_REFUSED;
 }
 
 /* Has the server's socket stayed outside, or left before we met it? Then the client leaves, too. One
@@ -226,6 +232,7 @@ static __always_inline bool meet_server(struct endpoint *ep)
 	ep->peer_sock = sock;
 	ep->peer.numbers = ep->self.numbers; /* the same two at both ends */
 	ep->peer_program = shake->server_program;
+	ep->peer_state = shake->server_state;
 	ep->peer.cookie = server;
 	ep->epoch = ~0ull; /* the verdicts on the server have not been looked up yet */
 	ep->certain = shake->certain;

@@ -13,7 +13,12 @@ struct reader {
 	__u32 unread; /* bytes charged to its receive memory */
 	int lowat, peek_off;
 	__u8 shutdown;
+	__u8 leaving;
 };
+
+/* On a socket: it is about to leave the map, redirect nothing to it any more. A flag that sock_ops may set and
+ * everybody read; if another program sets it for itself, the pair is plain TCP. */
+#define LEAVING_FLAG BPF_SOCK_OPS_RTO_CB_FLAG
 
 #define READER_SOCK(tp) (tp)->inet_conn.icsk_inet.sk
 
@@ -31,6 +36,7 @@ static __always_inline void look(__u64 sock, struct reader *r)
 		r->lowat = READER_SOCK(tp).sk_rcvlowat;
 		r->peek_off = READER_SOCK(tp).sk_peek_off;
 		r->shutdown = READER_SOCK(tp).sk_shutdown;
+		r->leaving = tp->bpf_sock_ops_cb_flags & LEAVING_FLAG;
 		r->cookie = *(volatile const __s64 *)&READER_SOCK(tp).__sk_common.skc_cookie.counter;
 	} else {
 		const struct tcp_sock *tp = (const void *)sock;
@@ -41,6 +47,7 @@ static __always_inline void look(__u64 sock, struct reader *r)
 		r->lowat = BPF_CORE_READ(tp, inet_conn.icsk_inet.sk.sk_rcvlowat);
 		r->peek_off = BPF_CORE_READ(tp, inet_conn.icsk_inet.sk.sk_peek_off);
 		r->shutdown = BPF_CORE_READ(tp, inet_conn.icsk_inet.sk.sk_shutdown);
+		r->leaving = BPF_CORE_READ(tp, bpf_sock_ops_cb_flags) & LEAVING_FLAG;
 		r->cookie = BPF_CORE_READ(tp, inet_conn.icsk_inet.sk.__sk_common.skc_cookie.counter);
 	}
 }
@@ -95,6 +102,22 @@ static __always_inline bool more_may_come(const struct endpoint *ep)
 
 	return peer && BPF_CORE_READ(peer, __sk_common.skc_cookie.counter) == (__s64)ep->peer.cookie &&
 	       psock_of(peer) && inside(peer) > sleepers(peer);
+}
+
+/* Has the peer announced that it leaves, or left by such an announcement? Why; 0 = no. */
+static __always_inline enum up_reason peer_leaves(const struct endpoint *ep)
+{
+	const struct tcp_sock *peer = (const void *)ep->peer_sock;
+	const struct endpoint *at = (const void *)ep->peer_state;
+	__u8 why = 0;
+
+	if (!peer || !(BPF_CORE_READ(peer, bpf_sock_ops_cb_flags) & LEAVING_FLAG))
+		return 0;
+	bpf_probe_read_kernel(&why, sizeof(why), &at->leave);
+	if (BPF_CORE_READ(peer, inet_conn.icsk_inet.sk.__sk_common.skc_cookie.counter) !=
+	    (__s64)ep->peer.cookie)
+		return 0; /* the memory is another's by now */
+	return why && why < UP_REASON_MAX ? why : UP_PEER_GONE;
 }
 
 /* Inside the subtree that sock_ops is attached to? */

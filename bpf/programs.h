@@ -80,11 +80,11 @@ static __always_inline void read_name(char *name, const struct file *exe)
 /* Is the calling task in a system call of 32 bits (x86), or its program made for 32 (arm64)? */
 static __always_inline bool narrow_call(void)
 {
-	const struct task_struct *task = (const void *)bpf_get_current_task();
+	const struct task_struct *task = bpf_get_current_task_btf();
 
 	if (bpf_core_field_exists(task->thread_info.status))
-		return BPF_CORE_READ(task, thread_info.status) & TS_COMPAT;
-	return BPF_CORE_READ(task, thread_info.flags) & TIF_32BIT;
+		return task->thread_info.status & TS_COMPAT;
+	return task->thread_info.flags & TIF_32BIT;
 }
 
 /* The key of the calling task's program; 0 = cannot tell. */
@@ -137,15 +137,88 @@ static __always_inline __u32 rule_for(__u64 program, const char *name)
 
 static const struct up_program nothing_known;
 
+/* One run of one executable: an exec changes the number, a new process its start. */
+struct run {
+	const struct mm_struct *mm;
+	const struct file *exe;
+	__u64 started;
+	__u64 execs;
+};
+
+/* The program that was identified last on each CPU: most calls come from the same one as before. */
+struct last_caller {
+	struct run run;
+	__u64 program;
+};
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct last_caller);
+} last_callers SEC(".maps");
+
+static __always_inline void read_run(struct run *run)
+{
+	const struct task_struct *task = bpf_get_current_task_btf();
+	const struct mm_struct *mm = task->mm;
+
+	run->mm = mm;
+	run->exe = mm ? mm->exe_file : 0;
+	run->started = task->group_leader->start_boottime;
+	run->execs = task->self_exec_id;
+}
+
+/* Another task may run on this CPU while we read or write: whoever writes takes `mm` away first and puts it back
+ * last, and whoever reads looks at it again at the end. */
+static __always_inline __u64 remembered(const struct run *run)
+{
+	__u32 zero = 0;
+	struct last_caller *last = bpf_map_lookup_elem(&last_callers, &zero);
+	__u64 program;
+
+	if (!last || !run->mm || last->run.mm != run->mm || last->run.exe != run->exe ||
+	    last->run.started != run->started || last->run.execs != run->execs)
+		return 0;
+	program = *(volatile __u64 *)&last->program;
+	return *(const struct mm_struct *volatile *)&last->run.mm == run->mm ? program : 0;
+}
+
+static __always_inline void remember(const struct run *run, __u64 program)
+{
+	__u32 zero = 0;
+	struct last_caller *last = bpf_map_lookup_elem(&last_callers, &zero);
+
+	if (!last)
+		return;
+	*(const struct mm_struct *volatile *)&last->run.mm = 0;
+	last->run.exe = run->exe;
+	last->run.started = run->started;
+	last->run.execs = run->execs;
+	*(volatile __u64 *)&last->program = program;
+	*(const struct mm_struct *volatile *)&last->run.mm = run->mm;
+}
+
 /* The calling task's program, entered into the list if it is new. */
 static __noinline __u64 current_program(void)
 {
-	__u64 key = identify(), start, size;
+	__u64 key, start, size;
 	const struct mm_struct *mm;
 	struct up_program *p;
+	struct run run;
 
-	if (!key || bpf_map_lookup_elem(&programs, &key))
+	read_run(&run);
+	key = narrow_call() ? 0 : remembered(&run);
+	if (key && bpf_map_lookup_elem(&programs, &key))
 		return key;
+	key = identify();
+	if (!key)
+		return 0;
+	p = bpf_map_lookup_elem(&programs, &key);
+	if (p) {
+		if (!p->by_arguments) /* an interpreter may write new arguments over its own */
+			remember(&run, key);
+		return key;
+	}
 	bpf_map_update_elem(&programs, &key, &nothing_known, BPF_NOEXIST);
 	p = bpf_map_lookup_elem(&programs, &key);
 	mm = memory_of_caller();

@@ -5,6 +5,9 @@
 #define UNDERPASS_STEER_H
 
 #include "pair.h"
+#include "small.h"
+
+#define MEMORY_EVERY 16 /* unread messages; the node's memory moves more slowly than that */
 
 /* Could a reader be inside native tcp_recvmsg, where it never sees a redirected byte (MSG_WAITALL, one
  * of several readers, one that slept since before the handshake)? Asked once per switch from TCP, after
@@ -55,8 +58,7 @@ static __always_inline bool granted(struct endpoint *ep)
 
 static __always_inline bool memory_short(const struct tcp_sock *tp)
 {
-	__s64 pages = BPF_CORE_READ(tp, inet_conn.icsk_inet.sk.__sk_common.skc_prot,
-				    memory_allocated, counter);
+	__s64 pages = READER_SOCK(tp).__sk_common.skc_prot->memory_allocated->counter;
 
 	/* Signed: the sum may be below zero while CPUs hold reserves (sk_memory_allocated). */
 	return knobs.memory_pages && pages > (__s64)knobs.memory_pages;
@@ -88,15 +90,13 @@ static __always_inline enum up_reason over_budget(struct endpoint *ep, const str
 		return UP_BUDGET_MESSAGES;
 	if ((cost > knobs.shallow_bytes || messages >= knobs.shallow_messages) && !granted(ep))
 		return UP_NODE_BUDGET;
-	return memory_short(tp) ? UP_NODE_MEMORY : UP_SHORTCUT;
+	return messages % MEMORY_EVERY == 0 && memory_short(tp) ? UP_NODE_MEMORY : UP_SHORTCUT;
 }
 
 /* The gate: has the reader consumed all that ever went by TCP? */
 static __always_inline bool all_consumed(const struct endpoint *ep, const struct tcp_sock *tp,
-					 const struct reader *r)
+					 const struct reader *r, __u32 written)
 {
-	__u32 written = tp->write_seq;
-
 	if (fault(UP_FAULT_NO_GATE | UP_FAULT_ADDRESS_KEYS))
 		return true;
 	if (fault(UP_FAULT_ACKED_GATE))
@@ -106,6 +106,14 @@ static __always_inline bool all_consumed(const struct endpoint *ep, const struct
 	return r->copied_seq == written;
 }
 
+/* The sender itself: without a call into the kernel where that can be saved. */
+static __always_inline const struct tcp_sock *own_sock(const struct endpoint *ep, struct bpf_sock *sk)
+{
+	if (knobs.rdonly_cast)
+		return bpf_rdonly_cast((const void *)ep->sock, bpf_core_type_id_kernel(struct tcp_sock));
+	return bpf_skc_to_tcp_sock(sk);
+}
+
 static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_sock *sk,
 					     struct endpoint *ep)
 {
@@ -113,6 +121,7 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 	struct up_control *ctl = controls();
 	enum up_reason reason;
 	struct reader r = {};
+	__u32 written;
 
 	if (!ctl)
 		return UP_NO_STATE;
@@ -122,13 +131,17 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 		return UP_UNPAIRED;
 	if (guarded(ep) && !order_at_stake(ep))
 		return UP_MARKED;
+	if (ep->leave == UP_SMALL_STREAM && !order_at_stake(ep))
+		return UP_LEAVING;
 	if (sk->state != BPF_TCP_ESTABLISHED && sk->state != BPF_TCP_CLOSE_WAIT)
 		return UP_CLOSING;
-	tp = bpf_skc_to_tcp_sock(sk);
+	tp = own_sock(ep, sk);
 	if (!tp)
 		return UP_NO_STATE;
 	look(ep->peer_sock, &r);
 	if (r.cookie != ep->peer.cookie && !fault(UP_FAULT_STALE_PEER))
+		return UP_PEER_GONE;
+	if (r.leaving)
 		return UP_PEER_GONE;
 	if (!server_accepted(ep))
 		return UP_UNPAIRED;
@@ -145,11 +158,17 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 		return UP_RCVLOWAT;
 	if (r.peek_off >= 0)
 		return UP_PEEK_OFF;
+	if (!ep->leave && streams_small(ep, ctl, tp, msg->size, &r)) {
+		wants_out(ep, UP_SMALL_STREAM);
+		ep->hasty = 1;
+		return UP_LEAVING;
+	}
 	if (ctl->forced && (bpf_get_prandom_u32() & 0xffff) < ctl->forced)
 		return UP_FORCED;
-	if (!all_consumed(ep, tp, &r))
+	written = tp->write_seq;
+	if (!all_consumed(ep, tp, &r, written))
 		return UP_TCP_UNREAD;
-	if (ep->redirect_seq != tp->write_seq)
+	if (ep->redirect_seq != written)
 		ep->ask = 1;
 	if (ep->ask && !fault(UP_FAULT_NO_GATE | UP_FAULT_BLIND_READER)) {
 		if (!psock_of((const struct sock *)ep->peer_sock))
@@ -166,7 +185,7 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 	}
 	if (bpf_msg_redirect_hash(msg, &sockets, &ep->peer, BPF_F_INGRESS) != SK_PASS)
 		return UP_PEER_GONE;
-	ep->redirect_seq = tp->write_seq;
+	ep->redirect_seq = written;
 	ep->ask = 0;
 	return UP_SHORTCUT;
 }

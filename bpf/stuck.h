@@ -16,6 +16,7 @@
 #include "pair.h"
 
 #define PATIENCE_NS 150000000ull /* shorter than the shortest probe interval, 200 ms */
+#define GRACE_NS 3000000ull      /* for those that know that nobody sends to them any more */
 #define FIRST_READ 512           /* a first message up to this is read in one go */
 #define KEEP_MOST 127
 #define NARROW_BUFFER (128 << 10) /* four loopback segments: fewer would wait for delayed ACKs */
@@ -184,6 +185,21 @@ static __always_inline bool settled_here(const struct endpoint *ep, const struct
 	return settled(ep, sk, BPF_CORE_READ(sk, sk_lock.owned) ? 1 : 0);
 }
 
+/* May a socket that wants out go now, as far as its peer is concerned? It is told first: it redirects nothing to
+ * one that is leaving. What it decided before has arrived within a moment, or shows as a thread (settled). */
+static __always_inline bool told(struct bpf_sock_ops *ctx, struct endpoint *ep, __u64 now)
+{
+	__u32 flags = CTX(bpf_sock_ops_cb_flags);
+
+	if (!ep->gone_at) /* there is nobody to tell */
+		return true;
+	if (!(flags & LEAVING_FLAG)) {
+		bpf_sock_ops_cb_flags_set(ctx, flags | LEAVING_FLAG);
+		ep->told_at = now;
+	}
+	return now - ep->gone_at > (ep->hasty ? GRACE_NS : PATIENCE_NS) && now - ep->told_at > GRACE_NS;
+}
+
 static __always_inline void on_packet(struct bpf_sock_ops *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
@@ -215,11 +231,16 @@ static __always_inline void on_packet(struct bpf_sock_ops *ctx)
 	}
 	if (!ep->leave && guarded(ep))
 		wants_out(ep, UP_GUARDED);
+	why = ep->leave ? 0 : peer_leaves(ep);
+	if (why) {
+		wants_out(ep, why);
+		ep->hasty = why == UP_SMALL_STREAM; /* it sends nothing our way any more */
+	}
 	set_buffer(ctx, ep, tp, ep->held);
 	if (CTX(state) == BPF_TCP_FIN_WAIT1) /* its FIN: a moment later, perhaps a better one */
 		return half_close(ctx, ep);
 	now = bpf_ktime_get_ns();
-	if (ep->leave && now - ep->gone_at > PATIENCE_NS && settled_here(ep, tp))
+	if (ep->leave && told(ctx, ep, now) && settled_here(ep, tp))
 		return leave(ctx, ep, tp, ep->leave);
 	copied = tp->copied_seq;
 	if (tp->rcv_nxt == copied) {

@@ -4,7 +4,7 @@
 #ifndef UNDERPASS_H
 #define UNDERPASS_H
 
-#define UP_ABI 3
+#define UP_ABI 4
 
 /* Why a message took its path, or why a connection did not become a pair.
  * The metric labels, the CLI's words and the docs come from this one list: name, word. */
@@ -43,7 +43,9 @@
 	X(TCP_FIRST, "tcp-first")                 /* left: the client spoke by TCP before it was paired */ \
 	X(HALF_CLOSED, "half-closed")             /* left: it shut its sending side down */               \
 	X(OBSERVED, "observed")                   /* its program has not been watched for long enough */  \
-	X(GUARDED, "guarded")                     /* its program does what only TCP serves, or is denied */
+	X(GUARDED, "guarded")                     /* its program does what only TCP serves, or is denied */ \
+	X(SMALL_STREAM, "small-stream")           /* left: it streams small messages, which TCP joins */ \
+	X(LEAVING, "leaving")                     /* a small stream that is about to leave */
 
 enum up_reason {
 #define X(name, word) UP_##name,
@@ -66,6 +68,7 @@ enum up_fault {
 	UP_FAULT_UNSETTLED = 1 << 9,    /* leave: do not ask whether a redirect is under way */
 	UP_FAULT_LISTENER_DECIDES = 1 << 10, /* guard: ask who listened, not who accepts */
 	UP_FAULT_LATE_SPLICE = 1 << 11, /* guard: send by TCP behind what a splice has not seen */
+	UP_FAULT_DEAF = 1 << 12,        /* rule 4: do not ask whether the peer answers */
 };
 
 /* What a program was seen to use that the shortcut cannot serve: name, bit, word. */
@@ -124,12 +127,18 @@ struct up_about {
 	char cgroup[512];
 };
 
+/* The roads of a direction, of which each has its own bounds of "small": through a virtual network or over
+ * loopback, with Nagle's algorithm or with TCP_NODELAY; the first bound is for a reader on the sender's core, the
+ * second for one that runs beside it. */
+enum up_road { UP_VIRTUAL, UP_VIRTUAL_NODELAY, UP_LOOPBACK, UP_LOOPBACK_NODELAY, UP_ROADS };
+
 /* The one element of map `control`; written by user space, read by every message. */
 struct up_control {
 	__u32 stop;   /* 0, or the reason for which every message goes by TCP: UP_PAUSED, UP_DRAINING */
 	__u32 forced; /* tests: of 65536 messages, about this many are forced onto TCP */
 	__u32 closed; /* 1 = no new pairs: this generation is not in charge (yet, or any more) */
 	__u32 adopting; /* 1 = listeners that are armed were armed by the generation before */
+	__u32 small[2 * UP_ROADS]; /* a stream of messages below this many bytes is faster by TCP; 0 = none is */
 };
 
 /* The one element of map `counters`, per CPU. */

@@ -11,9 +11,9 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from underpass.model import Reason
+from underpass.model import Reason, Small
 
-ABI = 3
+ABI = 4
 REASONS = len(Reason)
 
 u8, u32, u64 = ctypes.c_uint8, ctypes.c_uint32, ctypes.c_uint64
@@ -70,7 +70,13 @@ class About(ctypes.Structure):
 class Control(ctypes.Structure):
     """``struct up_control``."""
 
-    _fields_ = [("stop", u32), ("forced", u32), ("closed", u32), ("adopting", u32)]
+    _fields_ = [
+        ("stop", u32),
+        ("forced", u32),
+        ("closed", u32),
+        ("adopting", u32),
+        ("small", u32 * len(Small._fields)),
+    ]
 
 
 class Counters(ctypes.Structure):

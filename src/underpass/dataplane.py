@@ -79,7 +79,7 @@ def up(
             except NotLoaded:
                 _remove_unused(pins)
         about = knobs.about(cgroup, settings, faults, fionread_broken)
-        _load(pinning.scratch(pins), about)
+        _load(pinning.scratch(pins), about, settings)
         _apply_rules(pinning.scratch(pins), settings)
         pinning.scratch(pins).rename(pins)
         with contextlib.ExitStack() as undo:
@@ -136,7 +136,7 @@ def upgrade(
                 else fionread_broken,
                 old.number + 1,
             )
-            _load(pinning.scratch(pins), about, closed=True)
+            _load(pinning.scratch(pins), about, settings or old.settings, closed=True)
             with contextlib.ExitStack() as undo:
                 undo.callback(_recover, pins)  # before the exchange it clears, after it completes
                 with Dataplane.open(pinning.scratch(pins)) as new:
@@ -318,7 +318,7 @@ def attached(cgroup: Path) -> list[int]:
 # -- making ----------------------------------------------------------------------------------
 
 
-def _load(scratch: Path, about: abi.About, *, closed: bool = False) -> None:
+def _load(scratch: Path, about: abi.About, settings: Settings, *, closed: bool = False) -> None:
     """Load the object and pin its maps and programs in ``scratch``; all or nothing."""
     with contextlib.ExitStack() as undo, libbpf.Object(OBJECT) as loaded:
         loaded.set_entries("sockets", 2 * about.capacity)
@@ -327,7 +327,7 @@ def _load(scratch: Path, about: abi.About, *, closed: bool = False) -> None:
         loaded.load()
         zero = ctypes.c_uint32(0)
         libbpf.update(loaded.map("about"), zero, about)
-        libbpf.update(loaded.map("control"), zero, abi.Control(closed=closed))
+        libbpf.update(loaded.map("control"), zero, knobs.control(settings, closed=closed))
         try:
             scratch.mkdir(mode=0o700)
         except OSError as error:

@@ -25,6 +25,7 @@ from underpass.model import (
     Reason,
     Rule,
     Settings,
+    Small,
     Socket,
 )
 from underpass.pinning import LINK, WATCH_LINK
@@ -166,7 +167,7 @@ class Dataplane:
     @property
     def settings(self) -> Settings:
         """What it was loaded with."""
-        return knobs.settings_of(self.about)
+        return knobs.settings_of(self.about, self._control())
 
     @property
     def number(self) -> int:
@@ -263,7 +264,7 @@ class Dataplane:
         libbpf.lookup(self.fd("control"), _ZERO, control)
         return control
 
-    def _steer(self, **fields: int) -> None:
+    def _steer(self, **fields: int | ctypes.Array[ctypes.c_uint32]) -> None:
         control = self._control()
         for name, value in fields.items():
             setattr(control, name, value)
@@ -285,6 +286,10 @@ class Dataplane:
     def set_closed(self, closed: bool) -> None:
         """Take in no new connection; open pairs go on."""
         self._steer(closed=int(closed))
+
+    def set_small(self, small: Small) -> None:
+        """Which streams of small messages leave the shortcut from now on."""
+        self._steer(small=(abi.u32 * len(small))(*small))
 
     def set_forced(self, share: float) -> None:
         """For tests: force about this share (0 to 1) of all messages onto TCP, at random."""

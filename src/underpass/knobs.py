@@ -8,7 +8,7 @@ from pathlib import Path
 
 from underpass import __version__, abi, namespaces
 from underpass.errors import Unsupported
-from underpass.model import Fault, Settings
+from underpass.model import Fault, Settings, Small
 
 #: Numbers of the system calls that tell of a program, by machine: the fields of `abi.Calls`.
 _CALLS = {
@@ -66,8 +66,8 @@ def about(
     )
 
 
-def settings_of(about: abi.About) -> Settings:
-    """The settings that a generation was loaded with."""
+def settings_of(about: abi.About, control: abi.Control) -> Settings:
+    """The settings that a generation was loaded with, and what has been changed since."""
     seconds = about.knobs.observe_ns / 1e9
     return Settings(
         capacity=about.capacity,
@@ -76,7 +76,13 @@ def settings_of(about: abi.About) -> Settings:
         node_budget_bytes=about.node_budget,
         observe_seconds=seconds or Settings.observe_seconds,
         admit_unknown=seconds == 0,
+        small=Small(*control.small),
     )
+
+
+def control(settings: Settings, *, closed: bool) -> abi.Control:
+    """How a generation begins to steer."""
+    return abi.Control(closed=closed, small=(abi.u32 * len(Small._fields))(*settings.small))
 
 
 def _memory_limit() -> int:

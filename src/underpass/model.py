@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 
 class Reason(enum.IntEnum):
@@ -70,14 +70,16 @@ class Reason(enum.IntEnum):
         "guarded",
         "one end's program does what only TCP serves, or is denied (`underpass guard list`)",
     )
+    SMALL_STREAM = 35, "small-stream", "it streams small messages, which TCP joins; both ends left"
+    LEAVING = 36, "leaving", "it streams small messages and is about to leave the map"
 
 
 #: Every reason, by its number.
 REASONS = tuple(Reason)
 #: Reasons that refuse a whole connection; the others are given message by message.
-REFUSALS = tuple(r for r in REASONS if r >= Reason.NOT_LOCAL)
+REFUSALS = tuple(r for r in REASONS if Reason.NOT_LOCAL <= r < Reason.LEAVING)
 #: Reasons for which a message goes by TCP.
-TCP_REASONS = tuple(r for r in REASONS if Reason.UNPAIRED <= r < Reason.NOT_LOCAL)
+TCP_REASONS = tuple(r for r in REASONS if r >= Reason.UNPAIRED and r not in REFUSALS)
 
 
 class Fault(enum.IntFlag):
@@ -95,6 +97,7 @@ class Fault(enum.IntFlag):
     UNSETTLED = 1 << 9
     LISTENER_DECIDES = 1 << 10
     LATE_SPLICE = 1 << 11
+    DEAF = 1 << 12
 
 
 class Sign(enum.IntFlag):
@@ -135,6 +138,28 @@ class Rule(enum.IntEnum):
     DENY = 2
 
 
+class Small(NamedTuple):
+    """Bytes below which a stream of messages is faster by TCP; 0 = it never is.
+
+    By road (``enum up_road``): with the reader on the sender's core, and beside it on another.
+
+    Attributes:
+        virtual: between network namespaces, with Nagle's algorithm.
+        virtual_nodelay: the same with TCP_NODELAY.
+        loopback: inside one network namespace, with Nagle's algorithm.
+        loopback_nodelay: the same with TCP_NODELAY.
+    """
+
+    virtual: int = 48
+    virtual_beside: int = 96
+    virtual_nodelay: int = 4
+    virtual_nodelay_beside: int = 0
+    loopback: int = 8192
+    loopback_beside: int = 16384
+    loopback_nodelay: int = 8192
+    loopback_nodelay_beside: int = 0
+
+
 @dataclass(frozen=True)
 class Settings:
     """Sizes of one generation.
@@ -150,6 +175,7 @@ class Settings:
         admit_unknown: admit programs at once, watched or not.
         allow: names of programs that may take the shortcut whatever they do.
         deny: names of programs that stay on TCP.
+        small: messages whose streams leave the shortcut.
     """
 
     capacity: int = 65536
@@ -160,6 +186,7 @@ class Settings:
     admit_unknown: bool = False
     allow: tuple[str, ...] = ()
     deny: tuple[str, ...] = ()
+    small: Small = field(default_factory=Small)
 
 
 @dataclass(frozen=True)

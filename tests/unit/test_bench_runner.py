@@ -27,7 +27,7 @@ class Fake:
         self.breaks, self.said, self.directory = breaks, cast("list[str]", []), Path()
 
     def counters(self) -> Counters:
-        return Counters(0, 0, 0, {}, {"not-local": 0})
+        return Counters(0, 0, 0, {}, {"not-local": 0, "small-stream": 0})
 
     def cpu_seconds(self) -> float:
         return 0.0

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from underpass import dataplane
-from underpass.bench import afunix
+from underpass.bench import probe
 from underpass.bench.bed import Bed
 from underpass.bench.compare import (
     Mode,
@@ -159,6 +159,7 @@ def moved(before: Counters, after: Counters) -> Moved:
             for reason, count in after.tcp_messages_total.items()
         },
         not_local=after.refused_total["not-local"] - before.refused_total["not-local"],
+        small_streams=after.refused_total["small-stream"] - before.refused_total["small-stream"],
     )
 
 
@@ -230,6 +231,6 @@ class Comparison:
         if mode is not Mode.UNIX:
             return measure.parse(stage.client(mode, measure.argv(mode), self._plan.seconds))
         duration = self._plan.unix_milliseconds
-        argv = afunix.command(measure.test, int(measure.label), duration, stage.placement)
+        argv = probe.command(measure.test, int(measure.label), duration, stage.placement)
         said = stage.client(mode, argv, duration / 1000)
-        return afunix.parse(said, measure.test, duration)
+        return probe.parse(said, measure.test, duration)
