@@ -18,20 +18,20 @@ BPF_OBJECTS = {
     Path("bpf/underpass.bpf.c"): Path("src/underpass/underpass.bpf.o"),
     Path("bpf/naive.bpf.c"): Path("src/underpass/bench/naive.bpf.o"),
 }
-AFUNIX_SOURCE = Path("src/underpass/bench/afunix.c")
-AFUNIX_PROGRAM = Path("src/underpass/bench/afunix")
+PROBE_SOURCE = Path("src/underpass/bench/probe.c")
+PROBE_PROGRAM = Path("src/underpass/bench/probe")
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
 INSTALL = "apt-get install clang llvm libbpf-dev linux-libc-dev"
 
 
 class CompileC(BuildHookInterface[Any]):
-    """Hatchling's custom hook: the eBPF objects, and the AF_UNIX program of the benchmark."""
+    """Hatchling's custom hook: the eBPF objects, and the probe of the benchmark."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002 (hatchling's)
         """Compile; a failure ends the build with one line on stderr (SystemExit)."""
         for source, target in BPF_OBJECTS.items():
             compile_bpf(Path(self.root), source, target)
-        compile_afunix(Path(self.root))
+        compile_probe(Path(self.root))
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-linux_{platform.machine()}"
 
@@ -51,10 +51,10 @@ def compile_bpf(root: Path, source: Path, target: Path) -> None:
         _run(root, "llvm-strip", "-g", fresh)
 
 
-def compile_afunix(root: Path) -> None:
-    """Compile the program that measures AF_UNIX."""
-    with _fresh(root / AFUNIX_PROGRAM) as fresh:
-        _run(root, "clang", "-O2", "-s", *WARNINGS, str(AFUNIX_SOURCE), "-o", fresh)
+def compile_probe(root: Path) -> None:
+    """Compile the program that measures AF_UNIX and TCP without more around it."""
+    with _fresh(root / PROBE_PROGRAM) as fresh:
+        _run(root, "clang", "-O2", "-s", *WARNINGS, str(PROBE_SOURCE), "-o", fresh)
 
 
 @contextmanager

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from underpass import dataplane, generation, libbpf, namespaces, selftest
+from underpass import calibration, dataplane, generation, libbpf, namespaces, selftest
 from underpass.errors import UnderpassError, Unsupported
 
 
@@ -41,9 +42,24 @@ def checks(pins: Path) -> Iterator[Check]:
     programs = list(_programs())
     yield from programs
     yield from _neighbours(pins)
+    yield _calibrated()
     if any(check.status == "failed" for check in programs):
         return
     yield from _behaviours()
+
+
+def _calibrated() -> Check:
+    """Which streams of small messages go by TCP, and how that is known."""
+    found = calibration.read()
+    bounds = found.bounds if found else calibration.bounds()
+    roads = ", ".join(
+        f"{road.replace('_', ' ')} {size} B" for road, size in bounds._asdict().items()
+    )
+    if not found:
+        step = "run `underpass calibrate` while the node is quiet"
+        return Check("node", "small streams", "ok", f"built-in bounds: {roads}; {step}")
+    day = time.strftime("%Y-%m-%d", time.localtime(found.measured_at))
+    return Check("node", "small streams", "ok", f"measured on {day}: {roads}")
 
 
 def exit_code(found: list[Check]) -> int:

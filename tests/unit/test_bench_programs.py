@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from underpass.bench import afunix, qperf
+from underpass.bench import probe, qperf
 from underpass.bench.compare import Mode, Reading, Volume
 from underpass.bench.programs import SMALL, Measure, Workload, missing
 from underpass.bench.workloads import WORKLOADS, choose
@@ -215,7 +215,7 @@ def _none(_: Path, __: int) -> list[Measure]:
 
 def test_afunix_prints_one_number() -> None:
     """The AF_UNIX program's number is the figure; anything else is an error."""
-    assert afunix.parse("4.4124\n", "tcp_lat", 200).figure == 4.4124
-    assert afunix.parse("8000\n", "tcp_bw", 500).volume == Volume("bytes", 500e6)
-    with pytest.raises(UnderpassError, match="afunix"):
-        afunix.parse("", "tcp_lat", 200)
+    assert probe.parse("4.4124\n", "tcp_lat", 200).figure == 4.4124
+    assert probe.parse("8000\n", "tcp_bw", 500).volume == Volume("bytes", 500e6)
+    with pytest.raises(UnderpassError, match="probe"):
+        probe.parse("", "tcp_lat", 200)

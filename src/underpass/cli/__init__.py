@@ -26,6 +26,7 @@ _COMMANDS = {
     "resume": "pause",
     "guard": "guard",
     "doctor": "doctor",
+    "calibrate": "calibrate",
     "bench": "bench",
     "torture": "torture",
 }

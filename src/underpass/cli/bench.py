@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from underpass import namespaces
-from underpass.bench import afunix, bed, chart, idle, naive, page, parallel, report, runner
+from underpass.bench import bed, chart, idle, naive, page, parallel, probe, report, runner
 from underpass.bench.compare import Outcome, Placement, failures
 from underpass.bench.programs import missing
 from underpass.bench.workloads import WORKLOADS, choose
@@ -25,7 +25,12 @@ from underpass.errors import UnderpassError, Usage
 _PLACEMENTS = ("one-core", "two-cores", "free")
 
 
-def _choose_placements(name: str, cpus: str | None) -> tuple[Placement, ...]:
+def choose_placements(name: str, cpus: str | None) -> tuple[Placement, ...]:
+    """Placements by the name of the option, on these cores or on the first two allowed.
+
+    Raises:
+        Usage: no such cores.
+    """
     allowed = sorted(os.sched_getaffinity(0))
     try:
         chosen = [int(word) for word in cpus.split(",")] if cpus else allowed[:2]
@@ -159,10 +164,10 @@ def bench(  # noqa: PLR0913, PLR0917 - one argument an option
         placement = "free" if workload != "qperf" else "one-core" if quick else "both"
     plan = runner.Plan(
         chosen,
-        _choose_placements(placement, cpus),
+        choose_placements(placement, cpus),
         rounds or (2 if quick else 5),
         seconds,
-        (100 if quick else 200) if chosen.unix and afunix.available() else 0,
+        (100 if quick else 200) if chosen.unix and probe.available() else 0,
         with_naive,
     )
     path = bed.Way.parse(way)
@@ -173,8 +178,8 @@ def bench(  # noqa: PLR0913, PLR0917 - one argument an option
     missing(chosen)
     root = namespaces.find_cgroup2()
     runner.refuse_if_covered(root, [DEFAULT_PINS, pins])
-    if chosen.unix and not afunix.available():
-        click.echo("no AF_UNIX columns: this build has no afunix program", err=True)
+    if chosen.unix and not probe.available():
+        click.echo("no AF_UNIX columns: this build has no probe program", err=True)
     started = time.time()
     with interruptible("the benchmark"):
         bed.sweep(root)

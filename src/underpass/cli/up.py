@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from underpass import config, dataplane, namespaces, selftest
+from underpass import calibration, config, dataplane, namespaces, selftest
 from underpass.cli import output
 from underpass.errors import UnderpassError, Unsupported
 
@@ -41,7 +41,7 @@ def up(pins: Path, cgroup: Path | None, config_path: Path | None, admit: bool) -
     shortcut: see `underpass guard`. Listeners that already stand are armed in every network
     namespace; connections that were open before stay on plain TCP. Again is no change.
     """
-    settings = config.read(config_path)
+    settings = replace(config.read(config_path), small=calibration.bounds())
     if admit:
         settings = replace(settings, admit_unknown=True)
     subtree = namespaces.check_cgroup(cgroup or namespaces.find_cgroup2())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from underpass import config, dataplane
+from underpass import calibration, config, dataplane
 from underpass.cli import output
 from underpass.cli.up import admit_unknown, fionread_broken
 
@@ -29,6 +29,7 @@ def upgrade(pins: Path, config_path: Path | None, admit: bool) -> None:
     """
     with dataplane.Dataplane.open(pins) as plane:
         settings = config.read(config_path) if config_path else plane.settings
+    settings = replace(settings, small=calibration.bounds())
     if admit:
         settings = replace(settings, admit_unknown=True)
     left = dataplane.upgrade(pins, settings, fionread_broken=fionread_broken())

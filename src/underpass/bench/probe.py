@@ -1,4 +1,7 @@
-"""AF_UNIX, the practical limit: the small program that wheel builds compile from ``afunix.c``."""
+"""The small program that wheel builds compile from ``probe.c``.
+
+Over AF_UNIX it measures the practical limit; over TCP, one stream at a time, for ``calibrate``.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from pathlib import Path
 from underpass.bench.compare import Placement, Reading, Volume
 from underpass.errors import UnderpassError
 
-PROGRAM = Path(__file__).with_name("afunix")
+PROGRAM = Path(__file__).with_name("probe")
 
 
 def available() -> bool:

@@ -1,11 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// The practical limit on this machine: qperf's two TCP tests over an AF_UNIX stream.
+// qperf's two TCP tests, with less around them: over an AF_UNIX stream, the practical limit on this machine, or
+// over TCP between two network namespaces, or inside one.
 //
-//   afunix tcp_lat|tcp_bw SIZE MILLISECONDS CLIENT_CPU SERVER_CPU
+//   probe tcp_lat|tcp_bw SIZE MILLISECONDS CLIENT_CPU SERVER_CPU [ADDRESS nagle|nodelay CLIENT_NETNS SERVER_NETNS]
 //
 // Prints one number: microseconds one way, or Mb/s as the receiver counted them. Blocking calls,
 // whole messages, one client and one server process, as in qperf.
 #define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
@@ -41,6 +46,39 @@ static int pin(int cpu)
 	CPU_ZERO(&set);
 	CPU_SET(cpu, &set);
 	return sched_setaffinity(0, sizeof(set), &set);
+}
+
+// The two ends of a TCP connection, opened from this one thread inside their namespaces.
+static int connect_tcp(char **where, int ends[2])
+{
+	struct sockaddr_in at = {.sin_family = AF_INET};
+	socklen_t length = sizeof(at);
+	int nodelay = !strcmp(where[1], "nodelay"), listener, i, netns;
+
+	for (i = 0; i < 2; i++) { // the server's side first
+		netns = open(where[3 - i], O_RDONLY | O_CLOEXEC);
+		if (netns < 0 || setns(netns, CLONE_NEWNET))
+			return 1;
+		close(netns);
+		ends[0] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+		if (i == 1)
+			break;
+		listener = ends[0];
+		if (inet_pton(AF_INET, where[0], &at.sin_addr) != 1 ||
+		    bind(listener, (struct sockaddr *)&at, sizeof(at)) || listen(listener, 1) ||
+		    getsockname(listener, (struct sockaddr *)&at, &length))
+			return 1;
+	}
+	if (connect(ends[0], (struct sockaddr *)&at, sizeof(at)))
+		return 1;
+	ends[1] = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+	close(listener);
+	if (ends[1] < 0)
+		return 1;
+	for (i = 0; i < 2; i++)
+		if (setsockopt(ends[i], IPPROTO_TCP, TCP_NODELAY, &nodelay, sizeof(nodelay)))
+			return 1;
+	return 0;
 }
 
 // Moves one whole message; 0 when the other end closed or the time is up.
@@ -86,7 +124,7 @@ int main(int argc, char **argv)
 	double begin;
 	char *data;
 
-	if (argc != 6)
+	if (argc != 6 && argc != 10)
 		return 2;
 	latency = !strcmp(argv[1], "tcp_lat");
 	size = strtoul(argv[2], NULL, 10);
@@ -94,7 +132,8 @@ int main(int argc, char **argv)
 	client_cpu = atoi(argv[4]);
 	server_cpu = atoi(argv[5]);
 	data = calloc(1, size);
-	if (!data || !time_ms || socketpair(AF_UNIX, SOCK_STREAM, 0, ends))
+	if (!data || !time_ms ||
+	    (argc == 10 ? connect_tcp(argv + 6, ends) : socketpair(AF_UNIX, SOCK_STREAM, 0, ends)))
 		return 1;
 	if (!fork()) {
 		close(ends[0]);
