@@ -141,7 +141,7 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 	look(ep->peer_sock, &r);
 	if (r.cookie != ep->peer.cookie && !fault(UP_FAULT_STALE_PEER))
 		return UP_PEER_GONE;
-	if (r.leaving)
+	if (r.leaving && !order_at_stake(ep))
 		return UP_PEER_GONE;
 	if (!server_accepted(ep))
 		return UP_UNPAIRED;

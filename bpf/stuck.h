@@ -174,6 +174,8 @@ static __always_inline void start_afresh(struct bpf_sock_ops *ctx)
 	tp = bpf_skc_to_tcp_sock(sk);
 	if (tp && !ep->left)
 		leave(ctx, ep, tp, UP_PEER_GONE);
+	if (ep->told_at)
+		clear_flags(ctx, LEAVING_FLAG);
 	__builtin_memset(ep, 0, sizeof(*ep));
 }
 

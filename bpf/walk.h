@@ -106,6 +106,8 @@ static __always_inline void release(struct bpf_iter__tcp *ctx)
 		return;
 	ep->observed = 0;
 	flags = tp->bpf_sock_ops_cb_flags & ~CLOSE_FLAG;
+	if (ep->told_at)
+		flags &= ~LEAVING_FLAG;
 	if (!bpf_sk_storage_get(&shared_listeners, (struct sock *)tp, 0, 0))
 		flags &= ~BUILD_FLAG;
 	set_flags(tp, flags);
