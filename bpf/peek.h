@@ -104,6 +104,14 @@ static __always_inline bool more_may_come(const struct endpoint *ep)
 	       psock_of(peer) && inside(peer) > sleepers(peer);
 }
 
+static __always_inline __u32 callback_flags(const struct tcp_sock *tp)
+{
+	if (!knobs.rdonly_cast)
+		return BPF_CORE_READ(tp, bpf_sock_ops_cb_flags);
+	tp = bpf_rdonly_cast(tp, bpf_core_type_id_kernel(struct tcp_sock));
+	return tp->bpf_sock_ops_cb_flags;
+}
+
 /* Has the peer announced that it leaves, or left by such an announcement? Why; 0 = no. */
 static __always_inline enum up_reason peer_leaves(const struct endpoint *ep)
 {
@@ -111,7 +119,7 @@ static __always_inline enum up_reason peer_leaves(const struct endpoint *ep)
 	const struct endpoint *at = (const void *)ep->peer_state;
 	__u8 why = 0;
 
-	if (!peer || !(BPF_CORE_READ(peer, bpf_sock_ops_cb_flags) & LEAVING_FLAG))
+	if (!peer || !(callback_flags(peer) & LEAVING_FLAG))
 		return 0;
 	bpf_probe_read_kernel(&why, sizeof(why), &at->leave);
 	if (BPF_CORE_READ(peer, inet_conn.icsk_inet.sk.__sk_common.skc_cookie.counter) !=
