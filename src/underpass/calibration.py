@@ -77,8 +77,8 @@ def bound(ratios: dict[int, float]) -> int:
     below, above = gains[best - 1], gains[best]
     if not below < 0 <= above:
         return sizes[best]
-    share = below / (below - above)
-    return round(sizes[best - 1] * (sizes[best] / sizes[best - 1]) ** share)
+    step: float = (sizes[best] / sizes[best - 1]) ** (below / (below - above))
+    return round(sizes[best - 1] * step)
 
 
 def read(place: Path = PLACE) -> Calibration | None:

@@ -195,7 +195,19 @@ def test_a_setting_belongs_to_its_workload() -> None:
         choose("redis", size=5)
 
 
-@pytest.mark.parametrize("name", ["redis", "nginx", "postgres", "iperf3", "parallel", "idle"])
+def test_a_mixed_run_has_two_rows(tmp_path: Path) -> None:
+    """Requests beside a stream, and the stream: two figures of one output, judged by the stream."""
+    both = f"{WRK_MANY}===\n{IPERF}"
+    requests, stream = (measure.parse(both) for measure in measures("mixed", tmp_path))
+    assert requests.figure == pytest.approx(120266.44)
+    assert requests.also["p99_us"] == 2034
+    assert stream.figure == pytest.approx(16217.720653818708)
+    assert requests.volume == stream.volume == Volume("bytes", 2028273288)
+
+
+@pytest.mark.parametrize(
+    "name", ["redis", "nginx", "postgres", "iperf3", "parallel", "mixed", "idle"]
+)
 def test_a_program_that_failed_is_an_error(name: str, tmp_path: Path) -> None:
     """Output without a figure is one line that quotes it, never a traceback."""
     with pytest.raises(UnderpassError, match="it printed: oops"):

@@ -30,9 +30,10 @@ SIZE, MOST = 1024, 64 << 10
 _REQUESTS = 4 << 10
 _PORT = 18110
 # Header and body in one call, so that a request is two messages: sendfile would make it three.
-_SITE = """server {{ listen {port} backlog=1024; root HOME; sendfile off;
+SITE = """server {{ listen {port} backlog=1024; root HOME; sendfile off;
     output_buffers 1 128k; }}"""
-_SCRIPT = """done = function(summary, latency, requests)
+#: Makes wrk tell the latency's percentiles.
+SCRIPT = """done = function(summary, latency, requests)
   for _, p in ipairs({ 50, 99, 99.9 }) do
     io.write(string.format("p%g_us %d\\n", p, latency:percentile(p)))
   end
@@ -47,11 +48,11 @@ def workload(size: int) -> Workload:
 
     def serve(place: Place, mode: Mode) -> None:
         port = port_of(_PORT, mode)
-        nginx_start(place, mode, Site("parallel", _SITE.format(port=port), port, size=size))
+        nginx_start(place, mode, Site("parallel", SITE.format(port=port), port, size=size))
 
     def measures(home: Path, seconds: int) -> list[Measure]:
         script = home / "percentiles.lua"
-        script.write_text(_SCRIPT)
+        script.write_text(SCRIPT)
         return [_measure(count, size, seconds, script) for count in CONNECTIONS]
 
     return Workload("parallel", WRK, serve, measures, settings={"size": size})
@@ -64,10 +65,12 @@ def _measure(count: int, size: int, seconds: int, script: Path) -> Measure:
 
     label = f"{count} connection{'s' if count > 1 else ''}"
     floor = REQUESTS_FLOOR if size <= _REQUESTS else STREAM_FLOOR
-    return Measure("parallel", label, "requests/s", False, floor, ask, _parser(size))
+    return Measure("parallel", label, "requests/s", False, floor, ask, parser(size))
 
 
-def _parser(size: int) -> Callable[[str], Reading]:
+def parser(size: int) -> Callable[[str], Reading]:
+    """Reads what wrk says of responses of ``size`` bytes, with ``SCRIPT``."""
+
     def parse(text: str) -> Reading:
         for found in _ERRORS.finditer(text):
             if any(int(word) for word in found.groups(default="0")):

@@ -25,6 +25,7 @@ REQUESTS_FLOOR, STREAM_FLOOR = 0.99, 0.5
 
 _BODY = 64 << 10
 _OFF_NODE = 18100
+IPERF_PORT = 15201
 _MODES = {Mode.DEFAULT: 0, Mode.SHORTCUT: 1, Mode.NAIVE: 2}
 
 
@@ -383,29 +384,34 @@ def _postgres_measures(home: Path, seconds: int) -> list[Measure]:
 # -- iperf3 --------------------------------------------------------------------------------
 
 
-def _iperf_measures(_: Path, seconds: int) -> list[Measure]:
-    def parse(text: str) -> Reading:
-        try:
-            total = json.loads(text)["end"]["sum_received"]
-            return Reading(total["bits_per_second"] / 1e6, Volume("bytes", total["bytes"]))
-        except (ValueError, KeyError, TypeError):
-            cause = f"it printed: {' '.join(text.split())[:120]}"
-            raise UnderpassError("read", "the output of iperf3", cause, "see why") from None
+def iperf_parse(text: str) -> Reading:
+    """What iperf3 received, by its JSON.
 
+    Raises:
+        UnderpassError: it printed something else.
+    """
+    try:
+        total = json.loads(text)["end"]["sum_received"]
+        return Reading(total["bits_per_second"] / 1e6, Volume("bytes", total["bytes"]))
+    except (ValueError, KeyError, TypeError):
+        cause = f"it printed: {' '.join(text.split())[:120]}"
+        raise UnderpassError("read", "the output of iperf3", cause, "see why") from None
+
+
+def _iperf_measures(_: Path, seconds: int) -> list[Measure]:
     def ask(flags: list[str]) -> Callable[[Mode], list[str]]:
-        return lambda mode: [
-            "iperf3", "-c", SERVER_ADDRESS, "-p", str(port_of(15201, mode)), "-t", str(seconds),
-            "-J", *flags,
-        ]  # fmt: skip
+        head = ["iperf3", "-c", SERVER_ADDRESS, "-t", str(seconds), "-J", *flags]
+        return lambda mode: [*head, "-p", str(port_of(IPERF_PORT, mode))]
 
     return [
-        Measure("iperf3", "to server", "Mb/s", False, STREAM_FLOOR, ask([]), parse),
-        Measure("iperf3", "to client", "Mb/s", False, STREAM_FLOOR, ask(["-R"]), parse),
+        Measure("iperf3", "to server", "Mb/s", False, STREAM_FLOOR, ask([]), iperf_parse),
+        Measure("iperf3", "to client", "Mb/s", False, STREAM_FLOOR, ask(["-R"]), iperf_parse),
     ]
 
 
-def _iperf_serve(place: Place, mode: Mode) -> None:
-    port = port_of(15201, mode)
+def iperf_serve(place: Place, mode: Mode) -> None:
+    """One stream at a time, at the mode's port."""
+    port = port_of(IPERF_PORT, mode)
     place.serve(mode, ["iperf3", "-s", "-p", str(port)], port)
 
 
@@ -418,5 +424,5 @@ PROGRAMS = (
     Workload("nginx-proxy", WRK, _nginx_proxy_serve, _nginx_measures(2)),
     Workload("churn", WRK, _churn_serve, _churn_measures),
     Workload("postgres", _POSTGRES, _postgres_serve, _postgres_measures),
-    Workload("iperf3", {"iperf3": "iperf3"}, _iperf_serve, _iperf_measures),
+    Workload("iperf3", {"iperf3": "iperf3"}, iperf_serve, _iperf_measures),
 )

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from underpass.bench import idle, parallel
+from underpass.bench import idle, mixed, parallel
 from underpass.bench.programs import PROGRAMS, Workload
 from underpass.errors import Usage
 
 WORKLOADS = {
     each.name: each
-    for each in (*PROGRAMS, parallel.workload(parallel.SIZE), idle.workload(idle.PAIRS))
+    for each in (
+        *PROGRAMS,
+        parallel.workload(parallel.SIZE),
+        mixed.WORKLOAD,
+        idle.workload(idle.PAIRS),
+    )
 }
 
 #: Makers by the one setting each takes, which is an option of the command line too.
