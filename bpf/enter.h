@@ -126,7 +126,7 @@ static __always_inline struct endpoint *enter(struct bpf_sock_ops *ctx, __u8 rol
 	if (!ep)
 		return 0;
 	tp = bpf_skc_to_tcp_sock(sk);
-	if (tp && bpf_core_field_exists(tp->is_mptcp) && BPF_CORE_READ_BITFIELD_PROBED(tp, is_mptcp)) {
+	if (tp && bpf_core_field_exists(tp->is_mptcp) && BPF_CORE_READ_BITFIELD(tp, is_mptcp)) {
 		note_sign(program, UP_SIGN_MPTCP);
 		*why = ep->reason = UP_NOT_SUITABLE;
 		return 0;
@@ -143,7 +143,6 @@ static __always_inline struct endpoint *enter(struct bpf_sock_ops *ctx, __u8 rol
 	ep->sock = (__u64)tp;
 	ep->role = role;
 	ep->reason = UP_NO_MESSAGE;
-	ep->epoch = ~0ull; /* its first message looks the verdicts up */
 	bpf_sock_ops_cb_flags_set(ctx, CTX(bpf_sock_ops_cb_flags) | BUILD_FLAG | CLOSE_FLAG);
 	return ep;
 }

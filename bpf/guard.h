@@ -52,10 +52,8 @@ static __always_inline void tell(void)
 
 /* May its connections take the shortcut? UP_SHORTCUT, UP_OBSERVED or UP_GUARDED. One that had to make
  * room in the list waits until it is met again: there may be a rule for it. */
-static __always_inline enum up_reason admitted(__u64 program)
+static __always_inline enum up_reason verdict_on(__u64 program, const struct up_program *p)
 {
-	struct up_program *p = program ? bpf_map_lookup_elem(&programs, &program) : 0;
-
 	if (p && p->rule == UP_ALLOW)
 		return UP_SHORTCUT;
 	if (p && (p->signs || p->rule == UP_DENY))
@@ -65,6 +63,25 @@ static __always_inline enum up_reason admitted(__u64 program)
 	if (knobs.observe_ns && (!p || p->active_ns < knobs.observe_ns))
 		return UP_OBSERVED;
 	return UP_SHORTCUT;
+}
+
+static __always_inline enum up_reason admitted(__u64 program)
+{
+	return verdict_on(program, program ? bpf_map_lookup_elem(&programs, &program) : 0);
+}
+
+/* The same, for an endpoint that enters the map: `epoch` becomes that of the news which this verdict knows, or ~0 if
+ * it has to look again since an allowed program may show signs. Read first: what comes after is looked up later. */
+static __always_inline enum up_reason admitted_now(__u64 program, __u64 *epoch)
+{
+	struct up_news *n = latest();
+	struct up_program *p;
+
+	*epoch = n ? *(volatile __u64 *)&n->epoch : ~0ull;
+	p = program ? bpf_map_lookup_elem(&programs, &program) : 0;
+	if (p && p->rule == UP_ALLOW)
+		*epoch = ~0ull;
+	return verdict_on(program, p);
 }
 
 static __always_inline bool allowed(__u64 program)
@@ -147,6 +164,13 @@ static __always_inline void wants_out(struct endpoint *ep, enum up_reason reason
 {
 	ep->gone_at = bpf_ktime_get_ns();
 	ep->leave = reason;
+}
+
+/* Its peer leaves, or has left. One that streams small messages has told us, and sends nothing our way. */
+static __always_inline void follow(struct endpoint *ep, enum up_reason why)
+{
+	wants_out(ep, why);
+	ep->hasty = why == UP_SMALL_STREAM;
 }
 
 /* The listener that an entry tells of has not closed since. */

@@ -32,10 +32,9 @@ static __always_inline void on_connect(struct bpf_sock_ops *ctx)
 	*(volatile __u64 *)&caller->seal = seal(cookie, program);
 }
 
-/* The program that connected this socket; 0 = unknown. */
-static __always_inline __u64 caller_of(struct bpf_sock_ops *ctx)
+/* The program that connected the socket of this cookie; 0 = unknown, or long ago. */
+static __always_inline __u64 caller_of(__u64 cookie)
 {
-	__u64 cookie = bpf_get_socket_cookie(ctx);
 	__u32 slot = cookie & (CALLERS - 1);
 	struct caller *caller = bpf_map_lookup_elem(&callers, &slot);
 	__u64 program;

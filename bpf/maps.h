@@ -41,6 +41,7 @@ struct endpoint {
 	__u64 program;      /* key of the program that connected or listens, 0 = unknown */
 	__u64 peer_program;
 	__u64 epoch;       /* state of the news at the last look at the verdicts */
+	__u64 sender;      /* the task that sent last while it was leaving */
 	__u64 told_at;     /* ns: when it announced to its peer that it leaves */
 	__u64 gone_at;     /* ns: when the peer was first missed, or it was found guarded */
 	__u64 seen_at;     /* ns: since when the TCP bytes before `seen_end` wait, none redirected ahead */
@@ -63,6 +64,7 @@ struct endpoint {
 	__u8 certain;  /* who serves the server's end is known for sure */
 	__u8 loopback; /* both ends are in one network namespace */
 	__u8 hasty;    /* it leaves as soon as its peer has been told */
+	__u8 emptying; /* a small stream that goes by TCP once its reader has taken all that was redirected */
 	__s8 side;     /* runs in a row in which the reader ran on another core; below 0: in which it did not */
 	__u32 small;   /* small messages in a row that a busy reader had not asked for; see small.h */
 	__u32 sent, taken, switches; /* as the run began: bytes sent, taken by the reader; the sender's switches */
@@ -105,7 +107,8 @@ struct syn {
 };
 
 /* Who connects, from CONNECT, which runs in the caller, to the end of the handshake. By the low bits of the socket's
- * cookie, which count up: another's entry stands there only after 65536 more. Then the program is unknown. */
+ * cookie: the kernel hands those out in rows of 4096 to each CPU, so that others are rarely in the way. Where one is, the
+ * program is unknown. */
 #define CALLERS 65536
 struct caller {
 	__u64 program;
@@ -134,6 +137,7 @@ struct handshake {
 	__u64 server_sock;
 	__u64 client_state;  /* addresses of their struct endpoint */
 	__u64 server_state;
+	__u64 epoch;         /* of the news, as the verdict on the client and then on the server was looked up */
 	__u64 server;        /* written last; 0 = not yet */
 	__u32 ambiguous;
 	__u32 refused;       /* enum up_reason: why this does not become a pair */

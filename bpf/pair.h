@@ -14,6 +14,14 @@
 #include "holds.h"
 #include "listen.h"
 
+/* Its server is on this node, but it is not clear which: `explain` tells. */
+static __noinline int refuse_client(struct bpf_sock_ops *ctx, enum up_reason why)
+{
+	keep_out(ctx, caller_of(bpf_get_socket_cookie(ctx)), why);
+	count_socket(why);
+	return 0;
+}
+
 static __noinline void on_client(struct bpf_sock_ops *ctx)
 {
 	__u32 snd = CTX(snd_nxt), rcv = CTX(rcv_nxt), number = snd - 1;
@@ -33,8 +41,10 @@ static __noinline void on_client(struct bpf_sock_ops *ctx)
 	syn = bpf_map_lookup_elem(&syns, &number);
 	if (!syn && !fault(UP_FAULT_NO_PROOF | UP_FAULT_ADDRESS_KEYS))
 		return count_socket(UP_NOT_LOCAL);
-	if (syn && syn->ambiguous)
-		return count_socket(UP_AMBIGUOUS);
+	if (syn && syn->ambiguous) {
+		refuse_client(ctx, UP_AMBIGUOUS);
+		return;
+	}
 	if (snd == rcv)
 		return count_socket(UP_SELF_CONNECT);
 	sk = ctx->sk;
@@ -47,15 +57,17 @@ static __noinline void on_client(struct bpf_sock_ops *ctx)
 		if ((!same_ip(&local, &shake.view.client) || local.port != shake.view.client.port)) {
 			tp = bpf_skc_to_tcp_sock(sk);
 			if (!tp || !node_holds(BPF_CORE_READ(tp, inet_conn.icsk_inet.sk.__sk_common.skc_net.net),
-					       shake.view.client.ip))
-				return count_socket(UP_ADDRESS_MISMATCH);
+					       shake.view.client.ip)) {
+				refuse_client(ctx, UP_ADDRESS_MISMATCH);
+				return;
+			}
 		}
 	}
 	if (fault(UP_FAULT_ADDRESS_KEYS))
 		key = address_key(&local, &remote);
-	program = caller_of(ctx);
+	program = caller_of(bpf_get_socket_cookie(ctx));
 	shake.client_program = program;
-	why = admitted(program);
+	why = admitted_now(program, &shake.epoch);
 	if (why != UP_SHORTCUT) {
 		keep_out(ctx, program, why);
 		shake.refused = why;
@@ -66,6 +78,7 @@ static __noinline void on_client(struct bpf_sock_ops *ctx)
 	ep = enter(ctx, UP_CLIENT, program, key, &why);
 	if (!ep)
 		return count_socket(why);
+	ep->epoch = shake.epoch;
 	ep->redirect_seq = snd;
 	shake.client = ep->self.cookie;
 	tp = bpf_skc_to_tcp_sock(sk);
@@ -99,7 +112,7 @@ static __always_inline enum up_reason pair_server(struct bpf_sock_ops *ctx)
 	struct view view = {};
 	struct up_owner *owner;
 	struct up_place place;
-	__u64 program;
+	__u64 program, epoch;
 
 	if (!sk)
 		return UP_NO_STATE;
@@ -135,7 +148,7 @@ static __always_inline enum up_reason pair_server(struct bpf_sock_ops *ctx)
 			return UP_ADDRESS_MISMATCH;
 		}
 	}
-	why = admitted(program);
+	why = admitted_now(program, &epoch);
 	if (why != UP_SHORTCUT) {
 		shake->refused = why;
 		keep_out(ctx, program, why);
@@ -146,6 +159,7 @@ static __always_inline enum up_reason pair_server(struct bpf_sock_ops *ctx)
 		shake->refused = why;
 		return why;
 	}
+	ep->epoch = shake->epoch = shake->epoch == epoch ? epoch : ~0ull; /* else the first message looks again */
 	ep->peer_program = shake->client_program;
 	shake->server_program = program;
 	ep->peer_sock = shake->client_sock;
@@ -234,7 +248,7 @@ static __always_inline bool meet_server(struct endpoint *ep)
 	ep->peer_program = shake->server_program;
 	ep->peer_state = shake->server_state;
 	ep->peer.cookie = server;
-	ep->epoch = ~0ull; /* the verdicts on the server have not been looked up yet */
+	ep->epoch = shake->epoch; /* of the verdicts on both */
 	ep->certain = shake->certain;
 	if (ep->certain)
 		bpf_map_delete_elem(&handshakes, &ep->numbers);

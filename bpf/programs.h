@@ -88,7 +88,7 @@ static __always_inline bool narrow_call(void)
 }
 
 /* The key of the calling task's program; 0 = cannot tell. */
-static __noinline __u64 identify(void)
+static __noinline __u64 identify(__u32 *interpreter)
 {
 	const struct mm_struct *mm = memory_of_caller();
 	const struct file *exe = executable(mm);
@@ -104,7 +104,8 @@ static __noinline __u64 identify(void)
 		hash = mix(hash, words[i]);
 	hash = mix(hash, BPF_CORE_READ(inode, i_size));
 	hash = mix(hash, changed_at(inode));
-	if (!interprets((char *)words))
+	*interpreter = interprets((char *)words);
+	if (!*interpreter)
 		return hash ?: 1;
 	at = BPF_CORE_READ(mm, arg_start);
 	left = BPF_CORE_READ(mm, arg_end) - at;
@@ -137,65 +138,47 @@ static __always_inline __u32 rule_for(__u64 program, const char *name)
 
 static const struct up_program nothing_known;
 
-/* One run of one executable: an exec changes the number, a new process its start. */
-struct run {
-	const struct mm_struct *mm;
-	const struct file *exe;
-	__u64 started;
-	__u64 execs;
-};
-
-/* The program that was identified last on each CPU: most calls come from the same one as before. */
+/* Programs that were identified on each CPU of late. The seal tells of which run, and that both words were written
+ * together: another task may write in between. */
+#define LAST_CALLERS 16
 struct last_caller {
-	struct run run;
 	__u64 program;
+	__u64 seal;
 };
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
+	__uint(max_entries, LAST_CALLERS);
 	__type(key, __u32);
 	__type(value, struct last_caller);
 } last_callers SEC(".maps");
 
-static __always_inline void read_run(struct run *run)
+/* The run that the calling task is in; 0 = none. */
+static __always_inline __u64 current_run(void)
 {
 	const struct task_struct *task = bpf_get_current_task_btf();
-	const struct mm_struct *mm = task->mm;
+	const struct mm_struct *mm = memory_of_caller(); /* probe reads: the verifier wants no sums of pointers */
 
-	run->mm = mm;
-	run->exe = mm ? mm->exe_file : 0;
-	run->started = task->group_leader->start_boottime;
-	run->execs = task->self_exec_id;
+	return mix(mix(mix((__u64)mm, (__u64)executable(mm)), task->group_leader->start_boottime), task->self_exec_id);
 }
 
-/* Another task may run on this CPU while we read or write: whoever writes takes `mm` away first and puts it back
- * last, and whoever reads looks at it again at the end. */
-static __always_inline __u64 remembered(const struct run *run)
+static __always_inline __u64 remembered(__u64 run)
 {
-	__u32 zero = 0;
-	struct last_caller *last = bpf_map_lookup_elem(&last_callers, &zero);
-	__u64 program;
+	__u32 slot = run % LAST_CALLERS;
+	struct last_caller *last = bpf_map_lookup_elem(&last_callers, &slot);
+	__u64 program = last ? *(volatile __u64 *)&last->program : 0;
 
-	if (!last || !run->mm || last->run.mm != run->mm || last->run.exe != run->exe ||
-	    last->run.started != run->started || last->run.execs != run->execs)
-		return 0;
-	program = *(volatile __u64 *)&last->program;
-	return *(const struct mm_struct *volatile *)&last->run.mm == run->mm ? program : 0;
+	return program && *(volatile __u64 *)&last->seal == mix(run, program) ? program : 0;
 }
 
-static __always_inline void remember(const struct run *run, __u64 program)
+static __always_inline void remember(__u64 run, __u64 program)
 {
-	__u32 zero = 0;
-	struct last_caller *last = bpf_map_lookup_elem(&last_callers, &zero);
+	__u32 slot = run % LAST_CALLERS;
+	struct last_caller *last = bpf_map_lookup_elem(&last_callers, &slot);
 
 	if (!last)
 		return;
-	*(const struct mm_struct *volatile *)&last->run.mm = 0;
-	last->run.exe = run->exe;
-	last->run.started = run->started;
-	last->run.execs = run->execs;
 	*(volatile __u64 *)&last->program = program;
-	*(const struct mm_struct *volatile *)&last->run.mm = run->mm;
+	*(volatile __u64 *)&last->seal = mix(run, program);
 }
 
 /* The calling task's program, entered into the list if it is new. */
@@ -204,21 +187,20 @@ static __noinline __u64 current_program(void)
 	__u64 key, start, size;
 	const struct mm_struct *mm;
 	struct up_program *p;
-	struct run run;
+	__u32 interpreter = 0;
+	__u64 run;
 
-	read_run(&run);
-	key = narrow_call() ? 0 : remembered(&run);
+	run = current_run();
+	key = narrow_call() ? 0 : remembered(run);
 	if (key && bpf_map_lookup_elem(&programs, &key))
 		return key;
-	key = identify();
+	key = identify(&interpreter);
 	if (!key)
 		return 0;
-	p = bpf_map_lookup_elem(&programs, &key);
-	if (p) {
-		if (!p->by_arguments) /* an interpreter may write new arguments over its own */
-			remember(&run, key);
+	if (!interpreter) /* one may write new arguments over its own */
+		remember(run, key);
+	if (bpf_map_lookup_elem(&programs, &key))
 		return key;
-	}
 	bpf_map_update_elem(&programs, &key, &nothing_known, BPF_NOEXIST);
 	p = bpf_map_lookup_elem(&programs, &key);
 	mm = memory_of_caller();

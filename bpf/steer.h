@@ -7,7 +7,9 @@
 #include "pair.h"
 #include "small.h"
 
-#define MEMORY_EVERY 16 /* unread messages; the node's memory moves more slowly than that */
+/* The node's memory is looked at with every message, but with every 16th of small ones that wait. */
+#define MEMORY_EVERY 16
+#define MEMORY_ALWAYS 16384
 
 /* Could a reader be inside native tcp_recvmsg, where it never sees a redirected byte (MSG_WAITALL, one
  * of several readers, one that slept since before the handshake)? Asked once per switch from TCP, after
@@ -90,7 +92,9 @@ static __always_inline enum up_reason over_budget(struct endpoint *ep, const str
 		return UP_BUDGET_MESSAGES;
 	if ((cost > knobs.shallow_bytes || messages >= knobs.shallow_messages) && !granted(ep))
 		return UP_NODE_BUDGET;
-	return messages % MEMORY_EVERY == 0 && memory_short(tp) ? UP_NODE_MEMORY : UP_SHORTCUT;
+	if (messages % MEMORY_EVERY && unread + size <= MEMORY_ALWAYS)
+		return UP_SHORTCUT;
+	return memory_short(tp) ? UP_NODE_MEMORY : UP_SHORTCUT;
 }
 
 /* The gate: has the reader consumed all that ever went by TCP? */
@@ -131,7 +135,7 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 		return UP_UNPAIRED;
 	if (guarded(ep) && !order_at_stake(ep))
 		return UP_MARKED;
-	if (ep->leave == UP_SMALL_STREAM && !order_at_stake(ep))
+	if (ep->leave == UP_SMALL_STREAM && !ep->emptying && !order_at_stake(ep))
 		return UP_LEAVING;
 	if (sk->state != BPF_TCP_ESTABLISHED && sk->state != BPF_TCP_CLOSE_WAIT)
 		return UP_CLOSING;
@@ -141,7 +145,7 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 	look(ep->peer_sock, &r);
 	if (r.cookie != ep->peer.cookie && !fault(UP_FAULT_STALE_PEER))
 		return UP_PEER_GONE;
-	if (r.leaving && !order_at_stake(ep))
+	if (r.leaving && !r.unread && !order_at_stake(ep)) /* what waits there is read before it leaves */
 		return UP_PEER_GONE;
 	if (!server_accepted(ep))
 		return UP_UNPAIRED;
@@ -160,9 +164,10 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 		return UP_PEEK_OFF;
 	if (!ep->leave && streams_small(ep, ctl, tp, msg->size, &r)) {
 		wants_out(ep, UP_SMALL_STREAM);
-		ep->hasty = 1;
-		return UP_LEAVING;
+		ep->hasty = ep->emptying = 1;
 	}
+	if (ep->emptying && !r.unread && may_go(ep, tp))
+		return UP_LEAVING;
 	if (ctl->forced && (bpf_get_prandom_u32() & 0xffff) < ctl->forced)
 		return UP_FORCED;
 	written = tp->write_seq;
@@ -220,6 +225,8 @@ static __always_inline int steer(struct sk_msg_md *msg)
 	if (reason != ep->reason)
 		learn(ep, sk, reason);
 	ep->reason = reason;
+	if (reason != UP_SHORTCUT)
+		ep->emptying = 0;
 	if (reason == UP_SHORTCUT) {
 		ep->held = 0;
 		ep->shortcut_bytes += msg->size;
@@ -227,8 +234,12 @@ static __always_inline int steer(struct sk_msg_md *msg)
 		ep->newer++;
 	} else {
 		ep->tcp_messages++;
-		if ((reason == UP_PEER_GONE || reason == UP_MARKED) && !ep->leave)
-			wants_out(ep, reason == UP_MARKED ? UP_GUARDED : reason);
+		if (reason == UP_LEAVING)
+			ep->sender = bpf_get_current_task();
+		if (reason == UP_PEER_GONE && !ep->leave)
+			follow(ep, peer_leaves(ep) ?: UP_PEER_GONE);
+		if (reason == UP_MARKED && !ep->leave)
+			wants_out(ep, UP_GUARDED);
 		if (fault(UP_FAULT_SK_DROP))
 			return SK_DROP;
 	}

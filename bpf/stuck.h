@@ -22,6 +22,7 @@
 #define NARROW_BUFFER (128 << 10) /* four loopback segments: fewer would wait for delayed ACKs */
 #define WIDE_BUFFER (4 << 20) /* the kernel takes at most net.core.wmem_max */
 #define SOCK_SNDBUF_LOCK 1
+#define RCV_SHUTDOWN 1
 
 /* Let the keepalive timer send a packet at every second of silence. Its count is raised: on a path that
  * has begun to drop packets the program's connection must not end sooner for our sake. */
@@ -109,7 +110,7 @@ static __always_inline void leave(struct bpf_sock_ops *ctx, struct endpoint *ep,
 	if (ep->ticking)
 		STOP_TICKING(ctx, ep);
 	set_buffer(ctx, ep, tp, false);
-	if (!bpf_getsockopt(ctx, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat)))
+	if (tp->rcv_nxt != tp->copied_seq && !bpf_getsockopt(ctx, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat)))
 		bpf_setsockopt(ctx, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat));
 }
 
@@ -151,12 +152,14 @@ static __always_inline void on_state(struct bpf_sock_ops *ctx)
 	struct bpf_sock *sk = ctx->sk;
 	struct endpoint *ep;
 
+	if (state != BPF_TCP_FIN_WAIT1 && state != BPF_TCP_CLOSE)
+		return;
 	ep = sk ? bpf_sk_storage_get(&endpoints, sk, 0, 0) : 0;
 	if (!ep || !ep->role || ep->left)
 		return;
 	if (state == BPF_TCP_FIN_WAIT1 && (ep->peer.cookie || meet_server(ep)))
 		half_close(ctx, ep);
-	if (state == BPF_TCP_CLOSE && ep->role == UP_CLIENT)
+	if (state == BPF_TCP_CLOSE && ep->role == UP_CLIENT && !(ep->peer.cookie && ep->certain))
 		bpf_map_delete_elem(&handshakes, &ep->numbers); /* should its server not have come */
 }
 
@@ -188,9 +191,13 @@ static __always_inline bool settled_here(const struct endpoint *ep, const struct
 }
 
 /* May a socket that wants out go now, as far as its peer is concerned? It is told first: it redirects nothing to
- * one that is leaving. What it decided before has arrived within a moment, or shows as a thread (settled). */
-static __always_inline bool told(struct bpf_sock_ops *ctx, struct endpoint *ep, __u64 now)
+ * one that is leaving. What it decided before has arrived within a moment, or shows as a thread (settled) - unless the
+ * one that holds the lock here is taken for that thread: one that reads TCP bytes holds no psock. Only of one that was
+ * seen to send do we know that it is not such a reader. */
+static __always_inline bool told(struct bpf_sock_ops *ctx, struct endpoint *ep, const struct tcp_sock *tp,
+				 __u64 now)
 {
+	bool owned = BPF_CORE_READ((const struct sock *)tp, sk_lock.owned), quick;
 	__u32 flags = CTX(bpf_sock_ops_cb_flags);
 
 	if (!ep->gone_at) /* there is nobody to tell */
@@ -199,7 +206,14 @@ static __always_inline bool told(struct bpf_sock_ops *ctx, struct endpoint *ep, 
 		bpf_sock_ops_cb_flags_set(ctx, flags | LEAVING_FLAG);
 		ep->told_at = now;
 	}
-	return now - ep->gone_at > (ep->hasty ? GRACE_NS : PATIENCE_NS) && now - ep->told_at > GRACE_NS;
+	quick = ep->hasty && (!owned || ep->sender == bpf_get_current_task());
+	return now - ep->gone_at > (quick ? GRACE_NS : PATIENCE_NS) && now - ep->told_at > GRACE_NS;
+}
+
+/* Nothing by TCP waits but the end of file: its edge comes after that of the bytes before it, as with native TCP. */
+static __always_inline bool only_fin(const struct tcp_sock *tp)
+{
+	return (READER_SOCK(tp).sk_shutdown & RCV_SHUTDOWN) && tp->rcv_nxt - tp->copied_seq == 1;
 }
 
 static __always_inline void on_packet(struct bpf_sock_ops *ctx)
@@ -209,6 +223,7 @@ static __always_inline void on_packet(struct bpf_sock_ops *ctx)
 	struct endpoint *ep;
 	enum up_reason why;
 	__u32 copied;
+	bool waits;
 	__u64 now;
 
 	ep = sk ? bpf_sk_storage_get(&endpoints, sk, 0, 0) : 0;
@@ -234,18 +249,19 @@ static __always_inline void on_packet(struct bpf_sock_ops *ctx)
 	if (!ep->leave && guarded(ep))
 		wants_out(ep, UP_GUARDED);
 	why = ep->leave ? 0 : peer_leaves(ep);
-	if (why) {
-		wants_out(ep, why);
-		ep->hasty = why == UP_SMALL_STREAM; /* it sends nothing our way any more */
-	}
+	if (why)
+		follow(ep, why);
 	set_buffer(ctx, ep, tp, ep->held);
 	if (CTX(state) == BPF_TCP_FIN_WAIT1) /* its FIN: a moment later, perhaps a better one */
 		return half_close(ctx, ep);
-	now = bpf_ktime_get_ns();
-	if (ep->leave && told(ctx, ep, now) && settled_here(ep, tp))
-		return leave(ctx, ep, tp, ep->leave);
 	copied = tp->copied_seq;
-	if (tp->rcv_nxt == copied) {
+	waits = tp->rcv_nxt != copied && !only_fin(tp);
+	if (!ep->leave && !ep->ticking && !waits)
+		return;
+	now = bpf_ktime_get_ns();
+	if (ep->leave && !ep->emptying && told(ctx, ep, tp, now) && settled_here(ep, tp))
+		return leave(ctx, ep, tp, ep->leave);
+	if (!waits) {
 		if (ep->ticking && now - ep->seen_at > PATIENCE_NS)
 			STOP_TICKING(ctx, ep);
 		return;

@@ -24,9 +24,9 @@ static __always_inline void fill(struct up_record *r, const struct sock *sk, con
 	r->state = BPF_CORE_READ(skc, skc_state);
 	r->covered = covered(sk);
 	r->cookie = BPF_CORE_READ(skc, skc_cookie.counter);
+	r->program = ep && ep->program ? ep->program : caller_of(r->cookie);
 	if (!ep)
 		return;
-	r->program = ep->program;
 	r->peer = ep->peer.cookie;
 	r->shortcut_bytes = ep->shortcut_bytes;
 	r->shortcut_messages = ep->shortcut_messages;

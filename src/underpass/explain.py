@@ -234,10 +234,14 @@ def _refused(sock: Socket, others: list[Socket]) -> _Cause | None:
     """What one of the two ends says of itself."""
     own, other = _refusal(sock), _refusal(others[0]) if len(others) == 1 else None
     if own and (own not in _SECOND_HAND or not other):
-        return own.word, f"It is not in the map: {own.meaning}.", _AGAIN
+        return own.word, f"It is not in the map: {own.meaning}.", _again(own)
     if other:
-        return other.word, f"The server's end is not in the map: {other.meaning}.", _AGAIN
+        return other.word, f"The server's end is not in the map: {other.meaning}.", _again(other)
     return None
+
+
+def _again(reason: Reason) -> str:
+    return "nothing to do" if reason is Reason.SMALL_STREAM else _AGAIN
 
 
 def _refusal(sock: Socket) -> Reason | None:
