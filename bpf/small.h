@@ -71,13 +71,14 @@ static __always_inline void note_side(struct endpoint *ep, bool beside)
 /* The reader has taken all, so that nothing is overtaken, and a reader of both kinds of bytes, one that peeks or one
  * that is told of edges, meets each by itself. A thread that sleeps in a read of this very socket would be woken for
  * nothing by the room that TCP makes (tcp_msg_wait_data), and keep it in tcp_bpf: then the stream stays. */
-static __always_inline bool may_go(struct endpoint *ep, const struct tcp_sock *tp)
+static __always_inline bool goes_now(struct endpoint *ep, const struct tcp_sock *tp)
 {
 	ep->emptying = 0;
-	if (!sleepers((const struct sock *)tp))
-		return true;
-	ep->leave = ep->hasty = 0;
-	return false;
+	if (ep->leave || sleepers((const struct sock *)tp))
+		return false;
+	wants_out(ep, UP_SMALL_STREAM);
+	ep->hasty = 1;
+	return true;
 }
 
 /* Called for each message; true = this direction streams small ones. */

@@ -135,7 +135,7 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 		return UP_UNPAIRED;
 	if (guarded(ep) && !order_at_stake(ep))
 		return UP_MARKED;
-	if (ep->leave == UP_SMALL_STREAM && !ep->emptying && !order_at_stake(ep))
+	if (ep->leave == UP_SMALL_STREAM && !order_at_stake(ep))
 		return UP_LEAVING;
 	if (sk->state != BPF_TCP_ESTABLISHED && sk->state != BPF_TCP_CLOSE_WAIT)
 		return UP_CLOSING;
@@ -162,11 +162,9 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 		return UP_RCVLOWAT;
 	if (r.peek_off >= 0)
 		return UP_PEEK_OFF;
-	if (!ep->leave && streams_small(ep, ctl, tp, msg->size, &r)) {
-		wants_out(ep, UP_SMALL_STREAM);
-		ep->hasty = ep->emptying = 1;
-	}
-	if (ep->emptying && !r.unread && may_go(ep, tp))
+	if (!ep->leave && !ep->emptying && streams_small(ep, ctl, tp, msg->size, &r))
+		ep->emptying = 1;
+	if (ep->emptying && !r.unread && goes_now(ep, tp))
 		return UP_LEAVING;
 	if (ctl->forced && (bpf_get_prandom_u32() & 0xffff) < ctl->forced)
 		return UP_FORCED;

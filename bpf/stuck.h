@@ -259,7 +259,7 @@ static __always_inline void on_packet(struct bpf_sock_ops *ctx)
 	if (!ep->leave && !ep->ticking && !waits)
 		return;
 	now = bpf_ktime_get_ns();
-	if (ep->leave && !ep->emptying && told(ctx, ep, tp, now) && settled_here(ep, tp))
+	if (ep->leave && told(ctx, ep, tp, now) && settled_here(ep, tp))
 		return leave(ctx, ep, tp, ep->leave);
 	if (!waits) {
 		if (ep->ticking && now - ep->seen_at > PATIENCE_NS)
