@@ -42,8 +42,8 @@ def calibrate(pins: Path, way: str, dry_run: bool, as_json: bool) -> None:
     """Find out which streams of small messages are faster by TCP on this node.
 
     Some forty seconds, in two network namespaces, a cgroup and a generation of its own. The
-    result is kept in /var/lib/underpass, and used by the next `underpass up`; `underpass doctor`
-    shows it. Measure before `up`, while nothing else runs.
+    result is kept in /var/lib/underpass, and used by the next `up` or `upgrade`; `doctor` shows
+    it. Measure before `up`, while nothing else runs.
     """
     path = bed.Way.parse(way)
     if os.geteuid() != 0:
@@ -71,7 +71,9 @@ def calibrate(pins: Path, way: str, dry_run: bool, as_json: bool) -> None:
         where = "two cores" if road.endswith(_BESIDE) else "one core"
         output.say(f"{_ROADS[road.removesuffix(_BESIDE)]:32s} {where:10s} {words(size)}")
     if not dry_run:
-        output.say(f"kept in {calibration.PLACE}; used by the next `underpass up`")
+        output.say(
+            f"kept in {calibration.PLACE}; used by the next `underpass up` or `underpass upgrade`"
+        )
 
 
 def words(size: int) -> str:
