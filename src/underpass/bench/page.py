@@ -241,8 +241,9 @@ def _reading(document: dict[str, Any]) -> str:
     held = any(r["carried"] and r["carried"]["low"] < HALF and not r["off_node"]
                for r in document["rows"])  # fmt: skip
     star = (
-        " * In some run most of this went by TCP: the stream stood at the budget and the data"
-        " plane held it there. Read it as underpass's own choice, not as the speed of the shortcut."
+        " * In some run most of this went by TCP: a stream of small messages, which left the map,"
+        " or one that stood at the budget. Read it as underpass's own choice, not as the speed of"
+        " the shortcut."
     )
     naive = (
         " Naive: a 4-tuple sockhash bypass without proof, gate, budget, guard or drain, to show"

@@ -113,9 +113,9 @@ def print_tables(
         )
     if any(o.carried and o.carried.low < HALF and not o.row.off_node for o in outcomes):
         console.print(
-            "* In some run most of this went by TCP: the stream stood at the budget and the data"
-            " plane held it there.\n  Read it as underpass's own choice, not as the speed of the"
-            " shortcut; the reasons are in --json."
+            "* In some run most of this went by TCP: a stream of small messages, which left,"
+            " or one that stood at the budget.\n  Read it as underpass's own choice, not as the"
+            " speed of the shortcut; the reasons are in --json."
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.table import Table
 
 from underpass import dataplane
 from underpass.cli import output
@@ -31,19 +30,19 @@ def connections(pins: Path, as_json: bool) -> None:
     if not pairs:
         output.say("no open pairs" if up else "no open pairs: underpass is not up")
         return
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("CLIENT", "NETNS", "SERVER", "NETNS", "CLIENT TO SERVER", "SERVER TO CLIENT"):
-        table.add_column(title, overflow="fold")
-    for pair in pairs:
-        table.add_row(
-            str(pair.client),
-            pair.client.netns,
-            str(pair.server),
-            pair.server.netns,
-            _words(pair.client_to_server),
-            _words(pair.server_to_client),
-        )
-    output.console().print(table)
+    titles = ("CLIENT", "NETNS", "SERVER", "NETNS", "CLIENT TO SERVER", "SERVER TO CLIENT")
+    click.echo(output.columns([titles, *map(_row, pairs)]))
+
+
+def _row(pair: Pair) -> tuple[str, ...]:
+    return (
+        str(pair.client),
+        pair.client.netns,
+        str(pair.server),
+        pair.server.netns,
+        _words(pair.client_to_server),
+        _words(pair.server_to_client),
+    )
 
 
 def _words(direction: Direction) -> str:

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -68,6 +69,13 @@ def console(markup: bool = False, width: int = 160) -> Console:
     """
     known = None if sys.stdout.isatty() else width
     return Console(highlight=False, markup=markup, width=known)
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows under one another, each column as wide as its widest word; quick for thousands."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return "\n".join(lines)
 
 
 def print_json(value: Any) -> None:
