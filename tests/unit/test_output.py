@@ -39,3 +39,9 @@ def test_other_pins_are_named(pins: str, shown: str) -> None:
 def test_what_takes_no_pins(text: str) -> None:
     """Claim: text that is no command, and commands that make their own pins stay as they are."""
     assert _for("/a", text) == text
+
+
+def test_columns_are_as_wide_as_their_widest_word() -> None:
+    """Claim: words of a column begin below one another, and no line ends in blanks."""
+    rows = [("CLIENT", "WHY"), ("10.0.0.1:80", "shortcut"), ("a", "")]
+    assert output.columns(rows) == "CLIENT       WHY\n10.0.0.1:80  shortcut\na"
