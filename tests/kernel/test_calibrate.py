@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from tests.kernel.bed import Bed, cgroup2
 from tests.kernel.commands import underpass
 from underpass.bench import bed as beds
 from underpass.bench import calibrate
 from underpass.bench.compare import Placement
+from underpass.cli.calibrate import calibrate as command
 from underpass.model import Small
 
 SIZES = (4096, 1)
@@ -36,6 +40,24 @@ def test_every_road_is_measured(
     assert all(point.tcp > 0 and point.shortcut > 0 for point in found.points)
     assert set(found.small) == set(Small._fields)
     assert not any(path.exists() for path in left)
+
+
+def test_it_prints_what_it_found(
+    clean_machine: None,  # noqa: ARG001 - swept before, checked after
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Claim: as a line for each road and placement, or as JSON with every point."""
+    monkeypatch.setattr(calibrate, "SIZES", SIZES[:1])
+    monkeypatch.setattr(calibrate, "ROUNDS", 1)
+    pins = Path("/sys/fs/bpf/underpass-none")
+    told = CliRunner().invoke(command, ["--dry-run", "--json"], obj=pins)
+    document = json.loads(told.stdout)
+    assert document["small"].keys() == set(Small._fields)
+    assert len(document["points"]) == len(calibrate.ROADS) * min(2, len(os.sched_getaffinity(0)))
+    assert document["points"][0]["shortcut"] > 0
+    assert not document["kept"]
+    text = CliRunner().invoke(command, ["--dry-run"], obj=pins)
+    assert len(text.stdout.splitlines()) == len(Small._fields)
 
 
 def test_a_path_that_there_is_not(bed: Bed) -> None:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import click
+import msgspec
 
 from underpass import calibration, namespaces
 from underpass.bench import bed, probe, runner
@@ -65,7 +66,8 @@ def calibrate(pins: Path, way: str, dry_run: bool, as_json: bool) -> None:
                 "keep", calibration.PLACE, cause, "make it writable, or say --dry-run"
             ) from None
     if as_json:
-        output.print_json({"small": found.small, "kept": not dry_run, "points": found.points})
+        points = msgspec.to_builtins(found.points)
+        output.print_json({"small": found.small, "kept": not dry_run, "points": points})
         return
     for road, size in found.small.items():
         where = "two cores" if road.endswith(_BESIDE) else "one core"
