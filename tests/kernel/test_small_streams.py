@@ -97,6 +97,7 @@ def test_a_thread_that_sleeps_in_recv_keeps_the_stream(bed: Bed, plane: MakePlan
     _burst(near, far)
     _burst(near, far)
     assert (len(underpass.endpoints()), _left(underpass)) == (2, {})
+    assert sum(underpass.counters().tcp_messages_total.values()) == 0
     far.send(2, TINY)
     reading.result(patient(20))
     _burst(near, far)

@@ -18,7 +18,8 @@ from underpass.generation import Dataplane
 from underpass.model import Small
 
 #: As in `underpass.model.Small`, each at one placement or two.
-ROADS = ("virtual", "virtual_nodelay", "loopback", "loopback_nodelay")
+BESIDE = "_beside"
+ROADS = tuple(field for field in Small._fields if not field.endswith(BESIDE))
 #: Message sizes that are tried, the largest first.
 SIZES = (65536, 32768, 16384, 8192, 4096, 2048, 1024, 512, 256, 128, 64, 32, 16, 4, 1)
 ROUNDS = 3
@@ -33,7 +34,7 @@ def run(bed: Bed, placements: Iterable[Placement], done: Callable[[str], None]) 
 
     Args:
         bed: two namespaces; what lies between them is the virtual road.
-        placements: where the two ends run; a bound has to be right for all of them.
+        placements: where the two ends run; each road has a bound for either.
         done: told after each point.
 
     Raises:
@@ -52,7 +53,7 @@ def bounds(points: Iterable[Point]) -> Small:
     """The bound of each road at each placement; the built-in one where nothing was measured."""
     ratios: dict[str, dict[int, float]] = {}
     for point in points:
-        field = point.road + ("_beside" if point.placement == "two-cores" else "")
+        field = point.road + (BESIDE if point.placement == "two-cores" else "")
         ratios.setdefault(field, {})[point.size] = point.ratio
     return Small()._replace(**{field: bound(found) for field, found in ratios.items()})
 

@@ -25,6 +25,16 @@ from underpass.errors import UnderpassError, Usage
 _PLACEMENTS = ("one-core", "two-cores", "free")
 
 
+path_option = click.option(
+    "--path",
+    "way",
+    default="bridge",
+    show_default=True,
+    metavar="bridge|iptables:N|ovs",
+    help="What lies between the two namespaces.",
+)
+
+
 def choose_placements(name: str, cpus: str | None) -> tuple[Placement, ...]:
     """Placements by the name of the option, on these cores or on the first two allowed.
 
@@ -88,14 +98,7 @@ class _Reporter:
 
 @click.command(short_help="Default against shortcut, measured here and now.")
 @click.option("--workload", type=click.Choice(list(WORKLOADS)), default="qperf", show_default=True)
-@click.option(
-    "--path",
-    "way",
-    default="bridge",
-    show_default=True,
-    metavar="bridge|iptables:N|ovs",
-    help="What lies between the two namespaces.",
-)
+@path_option
 @click.option(
     "--placement",
     type=click.Choice([*_PLACEMENTS, "both"]),

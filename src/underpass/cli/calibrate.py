@@ -13,7 +13,7 @@ from underpass import calibration, namespaces
 from underpass.bench import bed, probe, runner
 from underpass.bench import calibrate as measuring
 from underpass.cli import output
-from underpass.cli.bench import choose_placements
+from underpass.cli.bench import choose_placements, path_option
 from underpass.cli.interrupt import interruptible
 from underpass.dataplane import DEFAULT_PINS
 from underpass.errors import UnderpassError
@@ -24,18 +24,10 @@ _ROADS = {
     "loopback": "on loopback",
     "loopback_nodelay": "on loopback, TCP_NODELAY",
 }
-_BESIDE = "_beside"
 
 
 @click.command("calibrate", short_help="Find out which small streams are faster by TCP here.")
-@click.option(
-    "--path",
-    "way",
-    default="bridge",
-    show_default=True,
-    metavar="bridge|iptables:N|ovs",
-    help="What lies between this node's pods.",
-)
+@path_option
 @click.option("--dry-run", is_flag=True, help="Show what is found, keep nothing.")
 @output.json_option
 @click.pass_obj
@@ -70,8 +62,8 @@ def calibrate(pins: Path, way: str, dry_run: bool, as_json: bool) -> None:
         output.print_json({"small": found.small, "kept": not dry_run, "points": points})
         return
     for road, size in found.small.items():
-        where = "two cores" if road.endswith(_BESIDE) else "one core"
-        output.say(f"{_ROADS[road.removesuffix(_BESIDE)]:32s} {where:10s} {words(size)}")
+        where = "two cores" if road.endswith(measuring.BESIDE) else "one core"
+        output.say(f"{_ROADS[road.removesuffix(measuring.BESIDE)]:32s} {where:10s} {words(size)}")
     if not dry_run:
         output.say(
             f"kept in {calibration.PLACE}; used by the next `underpass up` or `underpass upgrade`"
