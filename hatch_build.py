@@ -19,7 +19,7 @@ BPF_OBJECTS = {
     Path("bpf/naive.bpf.c"): Path("src/underpass/bench/naive.bpf.o"),
 }
 PROBE_SOURCE = Path("src/underpass/bench/probe.c")
-PROBE_PROGRAM = Path("src/underpass/bench/probe")
+PROBE_PROGRAM = Path("src/underpass/bench/underpass-probe")
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
 INSTALL = "apt-get install clang llvm libbpf-dev linux-libc-dev"
 
@@ -36,15 +36,23 @@ class CompileC(BuildHookInterface[Any]):
         build_data["tag"] = f"py3-none-linux_{platform.machine()}"
 
 
-def compile_bpf(root: Path, source: Path, target: Path) -> None:
-    """Compile an eBPF object; DWARF goes, BTF stays."""
+def compile_bpf(root: Path, source: Path, target: Path, headers: Path | None = None) -> None:
+    """Compile an eBPF object; DWARF goes, BTF stays.
+
+    Args:
+        root: of the repository.
+        source: below it.
+        target: below it, or anywhere.
+        headers: directory that has ``asm/``; None: that of this machine.
+    """
+    # Debian keeps asm/ per architecture, where -target bpf does not look
+    headers = headers or Path(f"/usr/include/{platform.machine()}-linux-gnu")
     flags = [
         *("-O2", "-g", "-target", "bpf", "-mcpu=v3", *WARNINGS),
         # with relative paths: line info names files by their place in the repository
         "-fdebug-compilation-dir=.",
         *("-I", str(source.parent)),
-        # Debian keeps asm/ per architecture, where -target bpf does not look
-        *("-isystem", f"/usr/include/{platform.machine()}-linux-gnu"),
+        *("-isystem", str(headers)),
     ]
     with _fresh(root / target) as fresh:
         _run(root, "clang", *flags, "-c", str(source), "-o", fresh)

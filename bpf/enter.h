@@ -101,6 +101,14 @@ static __always_inline struct numbers address_key(const struct up_address *clien
 	return (struct numbers){client->ip[3] ^ (client->port << 16), server->ip[3] ^ server->port};
 }
 
+static __always_inline void note_left(struct endpoint *ep)
+{
+	ep->left = 1;
+	ep->left_at = bpf_ktime_get_ns();
+	if (ep->leaves < 255)
+		ep->leaves++;
+}
+
 /* The socket's state, emptied: it may have had a connection before. */
 static __always_inline struct endpoint *fresh_endpoint(struct bpf_sock *sk, __u64 program)
 {
@@ -129,6 +137,11 @@ static __always_inline struct endpoint *enter(struct bpf_sock_ops *ctx, __u8 rol
 	if (tp && bpf_core_field_exists(tp->is_mptcp) && BPF_CORE_READ_BITFIELD(tp, is_mptcp)) {
 		note_sign(program, UP_SIGN_MPTCP);
 		*why = ep->reason = UP_NOT_SUITABLE;
+		return 0;
+	}
+	/* A message to the connection that this socket had before is still under way, or another holds it. */
+	if (tp && psock_of((const struct sock *)tp)) {
+		*why = ep->reason = UP_SOCKET_BUSY;
 		return 0;
 	}
 	ep->self.cookie = bpf_get_socket_cookie(ctx);

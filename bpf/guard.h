@@ -6,6 +6,7 @@
 #ifndef UNDERPASS_GUARD_H
 #define UNDERPASS_GUARD_H
 
+#include "policy.h"
 #include "programs.h"
 
 #define PAUSE_NS 1000000000ull /* a longer silence counts as this much of running */
@@ -26,6 +27,15 @@ struct {
 	__type(key, __u64);
 	__type(value, __u32); /* enum up_sign */
 } marked SEC(".maps");
+
+/* What was done with sockets in the map, by whatever program; by cookie. LRU: how the program looks in general still
+ * counts. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 16384);
+	__type(key, __u64);
+	__type(value, __u32); /* enum up_use */
+} uses SEC(".maps");
 
 /* Endpoints look their verdicts up again when this has changed. */
 struct {
@@ -91,6 +101,41 @@ static __always_inline bool allowed(__u64 program)
 	return p && p->rule == UP_ALLOW;
 }
 
+/* That this socket is used so (`is`), and not so any more (`not`). */
+static __always_inline void note_use(const struct sock *sk, __u32 is, __u32 not)
+{
+	__u64 cookie = READ(sk, __sk_common.skc_cookie.counter);
+	__u32 *seen = bpf_map_lookup_elem(&uses, &cookie), all = is | (seen ? *seen & ~not : 0);
+
+	if (cookie && (seen ? *seen : 0) != all && psock_of(sk))
+		bpf_map_update_elem(&uses, &cookie, &all, BPF_ANY);
+}
+
+static __always_inline bool used(__u64 cookie, __u32 so)
+{
+	__u32 *seen = bpf_map_lookup_elem(&uses, &cookie);
+
+	return seen && *seen & so;
+}
+
+static __always_inline void note_looks(__u64 program, const struct sock *sk, __u32 looks)
+{
+	struct up_program *p = program ? bpf_map_lookup_elem(&programs, &program) : 0;
+
+	if (p && (p->looks & looks) != looks)
+		p->looks |= looks;
+	note_use(sk, looks, 0);
+}
+
+/* How does this program look at what waits at this socket, or whoever else has it? */
+static __always_inline __u32 looks_at(__u64 program, __u64 cookie)
+{
+	struct up_program *p = bpf_map_lookup_elem(&programs, &program);
+	__u32 *seen = bpf_map_lookup_elem(&uses, &cookie);
+
+	return (p ? p->looks : 0) | (seen ? *seen : 0);
+}
+
 static __always_inline void note_sign(__u64 program, __u32 sign)
 {
 	struct up_program *p = program ? bpf_map_lookup_elem(&programs, &program) : 0;
@@ -108,7 +153,7 @@ static __always_inline __u32 signs_of(const struct tcp_sock *tp)
 
 	if (tp->inet_conn.icsk_ulp_ops)
 		signs |= UP_SIGN_ULP;
-	return zero_copies(tp) ? signs | UP_SIGN_ZEROCOPY : signs;
+	return uses_error_queue(tp) ? signs | UP_SIGN_ZEROCOPY : signs;
 }
 
 /* An observed program has sent a TCP packet on a local connection: it runs. True while it is to be
@@ -130,7 +175,15 @@ static __always_inline bool ran(__u64 program, const struct tcp_sock *tp)
 	return admitted(program) == UP_OBSERVED;
 }
 
-/* Has a sign been seen at one of the ends since this endpoint looked last? */
+/* The same, and may the socket at this address by the policy? */
+static __always_inline enum up_reason welcome(__u64 program, __u64 sock, __u32 role, __u64 *epoch)
+{
+	enum up_reason why = admitted_now(program, epoch);
+
+	return why == UP_SHORTCUT && !permitted(sock, role) ? UP_POLICY : why;
+}
+
+/* Has the policy become another, or has a sign been seen at one of the ends, since this endpoint looked last? */
 static __always_inline bool guarded(struct endpoint *ep)
 {
 	struct up_news *n = latest();
@@ -140,6 +193,8 @@ static __always_inline bool guarded(struct endpoint *ep)
 	if (!n || ep->epoch == n->epoch)
 		return ep->guarded;
 	ep->epoch = n->epoch;
+	ep->barred = !permitted(ep->sock, ep->role) ||
+		     (!permitted(ep->peer_sock, UP_CLIENT + UP_SERVER - ep->role) && !fault(UP_FAULT_ONE_END));
 	use = bpf_map_lookup_elem(&marked, &ep->peer.cookie);
 	p = bpf_map_lookup_elem(&programs, &ep->peer_program);
 	if ((use && *use & UP_SIGN_SPLICE) || (p && p->signs & UP_SIGN_SPLICE))
@@ -178,8 +233,8 @@ static __always_inline bool stands(const struct up_owner *owner)
 {
 	const struct sock *sk = (const void *)owner->listener;
 
-	return BPF_CORE_READ(sk, __sk_common.skc_state) == BPF_TCP_LISTEN &&
-	       (!owner->cookie || BPF_CORE_READ(sk, __sk_common.skc_cookie.counter) == (__s64)owner->cookie);
+	return READ(sk, __sk_common.skc_state) == BPF_TCP_LISTEN &&
+	       (!owner->cookie || READ(sk, __sk_common.skc_cookie.counter) == (__s64)owner->cookie);
 }
 
 /* Who serves what arrives at `place`: who listens at the very address, else at any. Of those whose listener
@@ -206,10 +261,11 @@ static __always_inline struct up_owner *owner_of(struct up_place *place)
 /* The local end of `sk`, which need not be the caller's to lock; zeroed by the caller. */
 static __always_inline void read_place(const struct sock *sk, struct up_place *place)
 {
+	const struct net *net = READ(sk, __sk_common.skc_net.net);
 	struct up_address remote;
 
 	read_sock_ends(sk, &place->at, &remote);
-	place->netns = BPF_CORE_READ(sk, __sk_common.skc_net.net, net_cookie);
+	place->netns = READ(net, net_cookie);
 }
 
 static __always_inline struct up_owner *owner_at(const struct sock *sk)
@@ -223,7 +279,7 @@ static __always_inline struct up_owner *owner_at(const struct sock *sk)
 /* That `sk` is the listener at this place. */
 static __always_inline void note_listener(struct up_owner *owner, const struct sock *sk)
 {
-	owner->cookie = BPF_CORE_READ(sk, __sk_common.skc_cookie.counter);
+	owner->cookie = READ(sk, __sk_common.skc_cookie.counter);
 	owner->listener = (__u64)sk;
 }
 
@@ -233,7 +289,11 @@ static __always_inline bool sure_to_serve(const struct up_owner *owner)
 {
 	struct up_program *p;
 
-	if (!knobs.observe_ns || (owner && owner->accepts))
+	if (!knobs.observe_ns)
+		return true;
+	if (owner && owner->shared)
+		return false;
+	if (owner && owner->accepts)
 		return true;
 	p = owner ? bpf_map_lookup_elem(&programs, &owner->program) : 0;
 	return p && (p->rule == UP_ALLOW || (p->accepts && !p->hands_on));

@@ -16,17 +16,25 @@
 struct walk {
 	__u32 ip[4];
 	const void *netns_ops; /* tells a real namespace from the list's head */
-	const struct list_head *first, *at;
+	union {
+		struct {
+			const struct list_head *first, *at;
+		};
+		struct holder fresh;
+	};
 	const struct list_head *device_head, *device;
-	const struct in_ifaddr *v4;
-	const struct list_head *v6_head, *v6;
+	union {
+		const struct in_ifaddr *v4;
+		const struct list_head *v6;
+	};
+	const struct list_head *v6_head;
 	__u64 found;
 };
 
 /* The macros relocate every field they are given, so the walk's own fields pass through a local. */
 static __always_inline const struct list_head *after(const struct list_head *at)
 {
-	return BPF_CORE_READ(at, next);
+	return READ(at, next);
 }
 
 static long each_v4(__u32 i __attribute__((unused)), struct walk *w)
@@ -35,11 +43,11 @@ static long each_v4(__u32 i __attribute__((unused)), struct walk *w)
 
 	if (!a)
 		return 1;
-	if (BPF_CORE_READ(a, ifa_local) == w->ip[3]) {
+	if (READ(a, ifa_local) == w->ip[3]) {
 		w->found = 1;
 		return 1;
 	}
-	w->v4 = BPF_CORE_READ(a, ifa_next);
+	w->v4 = READ(a, ifa_next);
 	return 0;
 }
 
@@ -73,9 +81,9 @@ static long each_device(__u32 i __attribute__((unused)), struct walk *w)
 		w->v4 = BPF_CORE_READ(dev, ip_ptr, ifa_list);
 		bpf_loop(MAX_ADDRESSES, each_v4, w, 0);
 	} else {
-		v6 = BPF_CORE_READ(dev, ip6_ptr);
+		v6 = READ(dev, ip6_ptr);
 		w->v6_head = v6 ? (const void *)v6 + bpf_core_field_offset(struct inet6_dev, addr_list) : 0;
-		w->v6 = v6 ? BPF_CORE_READ(v6, addr_list.next) : 0;
+		w->v6 = v6 ? READ(v6, addr_list.next) : 0;
 		bpf_loop(MAX_ADDRESSES, each_v6, w, 0);
 	}
 	w->device = after(w->device);
@@ -86,9 +94,9 @@ static long each_namespace(__u32 i __attribute__((unused)), struct walk *w)
 {
 	const struct net *net = (const void *)w->at - bpf_core_field_offset(struct net, list);
 
-	if (BPF_CORE_READ(net, ns.ops) == w->netns_ops) {
+	if (READ(net, ns.ops) == w->netns_ops) {
 		w->device_head = (const void *)net + bpf_core_field_offset(struct net, dev_base_head);
-		w->device = BPF_CORE_READ(net, dev_base_head.next);
+		w->device = READ(net, dev_base_head.next);
 		bpf_loop(MAX_DEVICES, each_device, w, 0);
 	}
 	w->at = after(w->at);
@@ -98,21 +106,21 @@ static long each_namespace(__u32 i __attribute__((unused)), struct walk *w)
 /* True if some namespace of this node has `ip` on a device; `net` is any live namespace. */
 static __always_inline bool node_holds(const struct net *net, const __u32 *ip)
 {
-	struct walk w = {};
-	struct holder fresh, *known;
 	__u64 now = bpf_ktime_get_ns();
+	struct holder *known;
+	struct walk w = {};
 
 	__builtin_memcpy(w.ip, ip, sizeof(w.ip));
 	known = bpf_map_lookup_elem(&holders, w.ip);
 	if (known && now < known->until)
 		return known->held;
-	w.netns_ops = BPF_CORE_READ(net, ns.ops);
+	w.netns_ops = READ(net, ns.ops);
 	w.first = w.at = (const void *)net + bpf_core_field_offset(struct net, list);
 	bpf_loop(MAX_NAMESPACES, each_namespace, &w, 0);
-	fresh.until = now + HOLD_NS;
-	fresh.held = w.found;
-	bpf_map_update_elem(&holders, w.ip, &fresh, BPF_ANY);
-	return w.found;
+	w.fresh.held = w.found; /* the walk is over: its place serves, the stack is short */
+	w.fresh.until = now + HOLD_NS;
+	bpf_map_update_elem(&holders, w.ip, &w.fresh, BPF_ANY);
+	return w.fresh.held;
 }
 
 #endif

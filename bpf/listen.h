@@ -5,9 +5,11 @@
 
 #include "enter.h"
 
-static __always_inline __u64 seal(__u64 cookie, __u64 program)
+static __always_inline struct sealed *caller_slot(__u64 cookie)
 {
-	return mix(cookie, program);
+	__u32 slot = cookie & (CALLERS - 1);
+
+	return bpf_map_lookup_elem(&callers, &slot);
 }
 
 /* A program begins to connect: the one moment at which a client's program is known for sure. Most connections
@@ -15,34 +17,16 @@ static __always_inline __u64 seal(__u64 cookie, __u64 program)
 static __always_inline void on_connect(struct bpf_sock_ops *ctx)
 {
 	__u64 cookie = bpf_get_socket_cookie(ctx);
-	__u32 slot = cookie & (CALLERS - 1);
-	struct bpf_sock *sk = ctx->sk;
-	struct endpoint *before;
-	struct caller *caller;
-	__u64 program;
+	struct sealed *caller = caller_slot(cookie);
 
-	before = sk ? bpf_sk_storage_get(&endpoints, sk, 0, 0) : 0;
-	if (before)
-		__builtin_memset(before, 0, sizeof(*before));
-	caller = bpf_map_lookup_elem(&callers, &slot);
-	if (!caller || draining() || closed())
-		return;
-	program = current_program();
-	*(volatile __u64 *)&caller->program = program;
-	*(volatile __u64 *)&caller->seal = seal(cookie, program);
+	if (caller && !draining() && !closed())
+		put_sealed(caller, cookie, current_program());
 }
 
 /* The program that connected the socket of this cookie; 0 = unknown, or long ago. */
 static __always_inline __u64 caller_of(__u64 cookie)
 {
-	__u32 slot = cookie & (CALLERS - 1);
-	struct caller *caller = bpf_map_lookup_elem(&callers, &slot);
-	__u64 program;
-
-	if (!caller)
-		return 0;
-	program = *(volatile __u64 *)&caller->program;
-	return *(volatile __u64 *)&caller->seal == seal(cookie, program) ? program : 0;
+	return sealed_for(caller_slot(cookie), cookie);
 }
 
 /* A socket begins to listen: let it tell us of each SYN that it answers. */
@@ -62,8 +46,15 @@ static __noinline void on_listen(struct bpf_sock_ops *ctx)
 	owner.cookie = bpf_get_socket_cookie(ctx);
 	read_ends(ctx, &place.at, &nobody);
 	before = bpf_map_lookup_elem(&owners, &place);
-	owner.accepts = before && before->program == owner.program && before->accepts;
-	bpf_map_update_elem(&owners, &place, &owner, BPF_ANY);
+	if (before && before->program == owner.program) {
+		owner.accepts = before->accepts;
+		owner.shared = before->shared;
+	} else if (before && before->listener != owner.listener && stands(before)) {
+		owner.shared = before->shared = 1;
+	}
+	/* Where several have listeners, by SO_REUSEPORT or for each device, one that is not admitted has the last word. */
+	if (!before || before->program == owner.program || !owner.shared || admitted(before->program) == UP_SHORTCUT)
+		bpf_map_update_elem(&owners, &place, &owner, BPF_ANY);
 
 	ep = bpf_sk_storage_get(&endpoints, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!ep || ep->watched)
@@ -75,10 +66,10 @@ static __noinline void on_listen(struct bpf_sock_ops *ctx)
 		bpf_sock_ops_cb_flags_set(ctx, flags | BUILD_FLAG);
 }
 
-/* A listener answers a SYN of this number: remember it for the client's own callback. */
-static __noinline void note_syn(struct bpf_sock_ops *ctx, __u32 number)
+/* `listener` answers a SYN of this number: remember it for the client's own callback. */
+static __noinline void note_syn(struct bpf_sock_ops *ctx, __u32 number, __u64 listener)
 {
-	struct syn syn = {}, *known;
+	struct syn syn = {.listener = listener}, *known;
 
 	if (closed())
 		return;
@@ -90,6 +81,19 @@ static __noinline void note_syn(struct bpf_sock_ops *ctx, __u32 number)
 		count_socket(UP_NO_MEMORY);
 }
 
+/* The request that a SYN has made. */
+static __always_inline const struct tcp_request_sock *request_of(struct bpf_sock_ops *ctx)
+{
+	const struct bpf_sock_ops_kern *kern = (const void *)ctx;
+
+	return (const void *)READ(kern, sk);
+}
+
+static __always_inline const struct tcp_sock *answered_by(const struct tcp_request_sock *req)
+{
+	return (const void *)READ(req, req.req.__req_common.skc_listener);
+}
+
 /* An armed listener builds its SYN-ACK. */
 static __always_inline void on_syn_ack(struct bpf_sock_ops *ctx)
 {
@@ -99,20 +103,18 @@ static __always_inline void on_syn_ack(struct bpf_sock_ops *ctx)
 	got = bpf_getsockopt(ctx, SOL_TCP, TCP_BPF_SYN, &head, sizeof(head));
 	if (got < 0 && got != -ENOSPC) /* ENOSPC: the buffer is filled, the header is longer */
 		return;
-	note_syn(ctx, bpf_ntohl(head.number));
+	note_syn(ctx, bpf_ntohl(head.number), (__u64)answered_by(request_of(ctx)));
 }
 
 /* Any listener is about to answer a SYN (not with a cookie). For those that stood before us and that
  * an iterator could not arm (kernels before 6.12); the others call on_syn_ack a moment later. */
 static __always_inline void on_request(struct bpf_sock_ops *ctx)
 {
-	const struct bpf_sock_ops_kern *kern = (const void *)ctx;
-	const struct tcp_request_sock *req = (const void *)BPF_CORE_READ(kern, sk);
-	const struct tcp_sock *listener;
+	const struct tcp_request_sock *req = request_of(ctx);
+	const struct tcp_sock *listener = answered_by(req);
 
-	listener = (const void *)BPF_CORE_READ(req, req.req.__req_common.skc_listener);
-	if (!(BPF_CORE_READ(listener, bpf_sock_ops_cb_flags) & BUILD_FLAG))
-		note_syn(ctx, BPF_CORE_READ(req, rcv_isn));
+	if (!(READ(listener, bpf_sock_ops_cb_flags) & BUILD_FLAG))
+		note_syn(ctx, READ(req, rcv_isn), (__u64)listener);
 }
 
 #endif

@@ -11,6 +11,12 @@ const volatile struct up_knobs knobs SEC(".rodata.knobs");
 /* A queued message pins one slab object (struct sk_msg in kmalloc-1k) besides its bytes. */
 #define MESSAGE_COST 1024
 
+/* A program, written and read without a lock. */
+struct sealed {
+	__u64 program;
+	__u64 seal; /* tells whose, and that both were written together */
+};
+
 struct numbers {
 	__u32 client_next; /* client's snd_nxt = server's rcv_nxt as the handshake ends */
 	__u32 server_next; /* client's rcv_nxt = server's snd_nxt */
@@ -44,9 +50,15 @@ struct endpoint {
 	__u64 sender;      /* the task that sent last while it was leaving */
 	__u64 told_at;     /* ns: when it announced to its peer that it leaves */
 	__u64 gone_at;     /* ns: when the peer was first missed, or it was found guarded */
+	__u64 left_at;     /* ns: when it left the map */
+	__u64 proved_at;   /* ns: since when nothing went by TCP; 0 = ask with the next message */
+	__u64 proof_mark;  /* what had been redirected as a proof fell due; 0 = none is */
+	__u64 fin_at;      /* ns: when a FIN came too early, see late.h */
+	__u64 ack_at;      /* ns: when the ACK of our own did */
 	__u64 seen_at;     /* ns: since when the TCP bytes before `seen_end` wait, none redirected ahead */
 	__u32 seen_end;
-	int keep_idle, keep_interval, keep_count; /* what TCP_KEEPIDLE and so on were before we ticked */
+	int wide;          /* what widening its send buffer came to */
+	int keep_idle, keep_interval, keep_count, user_timeout; /* what TCP_KEEPIDLE and so on were before we ticked */
 	__u32 redirect_seq; /* write_seq at the last redirect: TCP bytes since then show as a difference */
 	__u32 grant; /* slot that this direction last held */
 	__u8 role;
@@ -56,14 +68,17 @@ struct endpoint {
 	__u8 watched; /* listener: this generation set the SYN-ACK callback */
 	__u8 ticking; /* the keepalive timer runs for us; 2 = the program had it on itself */
 	__u8 left;    /* it was in the map and is not any more */
+	__u8 leaves;  /* how often that was so */
 	__u8 held;    /* over budget with many bytes unread: TCP shall hold the sender tightly */
 	__u8 narrow;  /* its send buffer is: 1 = narrow, 2 = wide again, by us; 0 = untouched */
 	__u8 observed; /* not in the map: its packets show that its program runs */
+	__u8 barred;  /* the policy keeps one of the ends on TCP */
 	__u8 guarded; /* a sign was seen at one of the ends: TCP from now on, and out of the map */
 	__u8 spliced; /* its peer was spliced from in the map: TCP bytes would overtake what waits there */
 	__u8 certain;  /* who serves the server's end is known for sure */
 	__u8 loopback; /* both ends are in one network namespace */
 	__u8 hasty;    /* it leaves as soon as its peer has been told */
+	__u8 waits;    /* it looks on while a thread holds its peer: it lets go of its own socket soon */
 	__u8 emptying; /* a small stream that goes by TCP once its reader has taken all that was redirected */
 	__s8 side;     /* runs in a row in which the reader ran on another core; below 0: in which it did not */
 	__u32 small;   /* small messages in a row that a busy reader had not asked for; see small.h */
@@ -103,6 +118,7 @@ struct view {
 
 struct syn {
 	struct view view;
+	__u64 listener; /* kernel address of who answers, only ever read from */
 	__u64 ambiguous;
 };
 
@@ -110,15 +126,11 @@ struct syn {
  * cookie: the kernel hands those out in rows of 4096 to each CPU, so that others are rarely in the way. Where one is, the
  * program is unknown. */
 #define CALLERS 65536
-struct caller {
-	__u64 program;
-	__u64 seal; /* tells whose, and that both were written together */
-};
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, CALLERS);
 	__type(key, __u32);
-	__type(value, struct caller);
+	__type(value, struct sealed);
 } callers SEC(".maps");
 
 /* Client's initial number -> the SYN that a listener of this node is answering. Written by the SYN-ACK
@@ -132,6 +144,7 @@ struct {
 
 struct handshake {
 	struct view view;
+	__u64 listener;      /* as in struct syn */
 	__u64 client;        /* cookies and addresses of the two sockets */
 	__u64 client_sock;
 	__u64 server_sock;
@@ -183,6 +196,15 @@ struct {
 	__type(key, __u32[4]);
 	__type(value, struct holder);
 } holders SEC(".maps");
+
+/* Connections that already are and shall be taken in; see adopt.h. Written and emptied by user space. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 262144);
+	__type(key, __u64);
+	__type(value, struct up_order);
+} orders SEC(".maps");
 
 /* Written by user space. */
 struct {

@@ -22,11 +22,41 @@ static __noinline int refuse_client(struct bpf_sock_ops *ctx, enum up_reason why
 	return 0;
 }
 
+/* Test twin: see address_key(). */
+static __noinline void take_address_key(struct bpf_sock_ops *ctx, struct numbers *key)
+{
+	struct up_address local, remote;
+
+	read_ends(ctx, &local, &remote);
+	*key = address_key(&local, &remote);
+}
+
+/* Is this the calling socket's own end? */
+static __noinline int is_own_end(struct bpf_sock_ops *ctx, const struct up_address *at)
+{
+	struct up_address local, remote;
+
+	read_ends(ctx, &local, &remote);
+	return same_ip(&local, at) && local.port == at->port;
+}
+
+/* Is the client's end, as the listener sees it, the client's own, or an address of this node? In frames of their own:
+ * the stack is short, and Linux 6.1 counts what bpf_loop calls, too. */
+static __noinline int seen_as(struct bpf_sock_ops *ctx, const struct up_address *client)
+{
+	struct bpf_sock *sk = ctx->sk;
+	const struct tcp_sock *tp;
+
+	if (is_own_end(ctx, client))
+		return 1;
+	tp = sk ? bpf_skc_to_tcp_sock(sk) : 0;
+	return tp && node_holds(READ(tp, inet_conn.icsk_inet.sk.__sk_common.skc_net.net), client->ip);
+}
+
 static __noinline void on_client(struct bpf_sock_ops *ctx)
 {
 	__u32 snd = CTX(snd_nxt), rcv = CTX(rcv_nxt), number = snd - 1;
 	struct numbers key = {snd, rcv};
-	struct up_address local, remote;
 	struct handshake shake = {}, *twin;
 	const struct tcp_sock *tp;
 	enum up_reason why;
@@ -50,24 +80,21 @@ static __noinline void on_client(struct bpf_sock_ops *ctx)
 	sk = ctx->sk;
 	if (!sk)
 		return;
-	read_ends(ctx, &local, &remote);
 	if (syn) {
 		shake.view = syn->view;
+		shake.listener = syn->listener;
 		bpf_map_delete_elem(&syns, &number);
-		if ((!same_ip(&local, &shake.view.client) || local.port != shake.view.client.port)) {
-			tp = bpf_skc_to_tcp_sock(sk);
-			if (!tp || !node_holds(BPF_CORE_READ(tp, inet_conn.icsk_inet.sk.__sk_common.skc_net.net),
-					       shake.view.client.ip)) {
-				refuse_client(ctx, UP_ADDRESS_MISMATCH);
-				return;
-			}
+		if (!seen_as(ctx, &shake.view.client)) {
+			refuse_client(ctx, UP_ADDRESS_MISMATCH);
+			return;
 		}
 	}
 	if (fault(UP_FAULT_ADDRESS_KEYS))
-		key = address_key(&local, &remote);
+		take_address_key(ctx, &key);
 	program = caller_of(bpf_get_socket_cookie(ctx));
 	shake.client_program = program;
-	why = admitted_now(program, &shake.epoch);
+	tp = bpf_skc_to_tcp_sock(sk);
+	why = welcome(program, (__u64)tp, UP_CLIENT, &shake.epoch);
 	if (why != UP_SHORTCUT) {
 		keep_out(ctx, program, why);
 		shake.refused = why;
@@ -81,7 +108,6 @@ static __noinline void on_client(struct bpf_sock_ops *ctx)
 	ep->epoch = shake.epoch;
 	ep->redirect_seq = snd;
 	shake.client = ep->self.cookie;
-	tp = bpf_skc_to_tcp_sock(sk);
 	shake.client_sock = (__u64)tp;
 	shake.client_state = (__u64)ep;
 	ep->loopback = shake.loopback = shake.view.netns == bpf_get_netns_cookie(ctx);
@@ -100,6 +126,22 @@ static __noinline void on_client(struct bpf_sock_ops *ctx)
 	}
 }
 
+/* Who serves what `listener` (0 = unknown) has accepted at the end that `view` tells of, and whether it stands at another
+ * place than that, as a transparent proxy's does, or what a program of sk_lookup has chosen. */
+static __noinline struct up_owner *server_of(const struct view *view, __u64 listener, bool *elsewhere)
+{
+	struct up_place place = {.netns = view->netns, .at = view->server};
+	struct up_owner *owner = owner_of(&place), *other;
+
+	if (!listener || (owner && owner->listener == listener))
+		return owner;
+	other = owner_at((const struct sock *)listener);
+	if (!other || other->listener != listener || !stands(other))
+		return owner;
+	*elsewhere = true;
+	return other;
+}
+
 /* Pairs an accepted socket with its client; why not, if it does not become a pair. */
 static __always_inline enum up_reason pair_server(struct bpf_sock_ops *ctx)
 {
@@ -111,7 +153,7 @@ static __always_inline enum up_reason pair_server(struct bpf_sock_ops *ctx)
 	struct endpoint *ep;
 	struct view view = {};
 	struct up_owner *owner;
-	struct up_place place;
+	bool elsewhere = false;
 	__u64 program, epoch;
 
 	if (!sk)
@@ -128,8 +170,7 @@ static __always_inline enum up_reason pair_server(struct bpf_sock_ops *ctx)
 		bpf_map_delete_elem(&syns, &number);
 		return UP_REMOTE_CLIENT;
 	}
-	place = (struct up_place){.netns = view.netns, .at = view.server};
-	owner = owner_of(&place);
+	owner = server_of(&view, shake->listener, &elsewhere);
 	program = owner ? owner->program : 0;
 	if (!fault(UP_FAULT_ADDRESS_KEYS)) {
 		if (shake->refused) {
@@ -148,7 +189,9 @@ static __always_inline enum up_reason pair_server(struct bpf_sock_ops *ctx)
 			return UP_ADDRESS_MISMATCH;
 		}
 	}
-	why = admitted_now(program, &epoch);
+	why = welcome(program, fault(UP_FAULT_ONE_END) ? 0 : (__u64)bpf_skc_to_tcp_sock(sk), UP_SERVER, &epoch);
+	if (why == UP_SHORTCUT && elsewhere && !sure_to_serve(owner)) /* acceptor() would ask at this end */
+		why = UP_OBSERVED;
 	if (why != UP_SHORTCUT) {
 		shake->refused = why;
 		keep_out(ctx, program, why);
@@ -202,7 +245,8 @@ static __noinline void on_server(struct bpf_sock_ops *ctx)
 /* Why a client leaves whose server did not enter. */
 static __always_inline enum up_reason refusal(__u32 of_server)
 {
-	return of_server == UP_OBSERVED || of_server == UP_GUARDED || of_server == UP_SMALL_STREAM
+	return of_server == UP_OBSERVED || of_server == UP_GUARDED || of_server == UP_SMALL_STREAM ||
+			       of_server == UP_POLICY
 		       ? of_server
 		       : UP_PEER_REFUSED;
 }
@@ -266,7 +310,7 @@ static __always_inline bool server_accepted(struct endpoint *ep)
 		return true;
 	if (server_refused(ep))
 		return false;
-	if (!BPF_CORE_READ(server, sk_socket))
+	if (!READ(server, sk_socket))
 		return false;
 	why = acceptor(server, &ep->peer_program);
 	if (why == UP_SHORTCUT) {

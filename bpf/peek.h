@@ -9,7 +9,7 @@
 struct reader {
 	__u64 cookie;
 	const void *ulp;
-	__u32 copied_seq;
+	__u32 copied_seq, rcv_nxt;
 	__u32 unread; /* bytes charged to its receive memory */
 	int lowat, peek_off;
 	__u8 shutdown;
@@ -26,35 +26,22 @@ struct reader {
  * The cookie is read last: if it is the peer's, all before it was the peer's. */
 static __always_inline void look(__u64 sock, struct reader *r)
 {
-	if (knobs.rdonly_cast) {
-		const struct tcp_sock *tp =
-			bpf_rdonly_cast((const void *)sock, bpf_core_type_id_kernel(struct tcp_sock));
+	const struct tcp_sock *tp = (const void *)sock;
 
-		r->copied_seq = *(volatile const __u32 *)&tp->copied_seq;
-		r->unread = *(volatile const int *)&READER_SOCK(tp).sk_backlog.rmem_alloc.counter;
-		r->ulp = tp->inet_conn.icsk_ulp_ops;
-		r->lowat = READER_SOCK(tp).sk_rcvlowat;
-		r->peek_off = READER_SOCK(tp).sk_peek_off;
-		r->shutdown = READER_SOCK(tp).sk_shutdown;
-		r->leaving = tp->bpf_sock_ops_cb_flags & LEAVING_FLAG;
-		r->cookie = *(volatile const __s64 *)&READER_SOCK(tp).__sk_common.skc_cookie.counter;
-	} else {
-		const struct tcp_sock *tp = (const void *)sock;
-
-		r->copied_seq = BPF_CORE_READ(tp, copied_seq);
-		r->unread = BPF_CORE_READ(tp, inet_conn.icsk_inet.sk.sk_backlog.rmem_alloc.counter);
-		r->ulp = BPF_CORE_READ(tp, inet_conn.icsk_ulp_ops);
-		r->lowat = BPF_CORE_READ(tp, inet_conn.icsk_inet.sk.sk_rcvlowat);
-		r->peek_off = BPF_CORE_READ(tp, inet_conn.icsk_inet.sk.sk_peek_off);
-		r->shutdown = BPF_CORE_READ(tp, inet_conn.icsk_inet.sk.sk_shutdown);
-		r->leaving = BPF_CORE_READ(tp, bpf_sock_ops_cb_flags) & LEAVING_FLAG;
-		r->cookie = BPF_CORE_READ(tp, inet_conn.icsk_inet.sk.__sk_common.skc_cookie.counter);
-	}
+	r->copied_seq = READ(tp, copied_seq);
+	r->rcv_nxt = READ(tp, rcv_nxt);
+	r->unread = READ(tp, inet_conn.icsk_inet.sk.sk_backlog.rmem_alloc.counter);
+	r->ulp = READ(tp, inet_conn.icsk_ulp_ops);
+	r->lowat = READ(tp, inet_conn.icsk_inet.sk.sk_rcvlowat);
+	r->peek_off = READ(tp, inet_conn.icsk_inet.sk.sk_peek_off);
+	r->shutdown = READ(tp, inet_conn.icsk_inet.sk.sk_shutdown);
+	r->leaving = READ(tp, bpf_sock_ops_cb_flags) & LEAVING_FLAG;
+	r->cookie = READ(tp, inet_conn.icsk_inet.sk.__sk_common.skc_cookie.counter);
 }
 
 static __always_inline const struct sk_psock *psock_of(const struct sock *sk)
 {
-	return (const void *)((__u64)BPF_CORE_READ(sk, sk_user_data) & ~7ull);
+	return (const void *)((__u64)READ(sk, sk_user_data) & ~7ull);
 }
 
 /* Do redirected bytes wait for this socket's reader? */
@@ -63,35 +50,106 @@ static __always_inline bool has_unread(const struct sock *sk)
 	const struct sk_psock *psock = psock_of(sk);
 	const void *head = (const void *)psock + bpf_core_field_offset(struct sk_psock, ingress_msg);
 
-	return BPF_CORE_READ(psock, ingress_msg.next) != head;
-}
-
-/* Threads asleep in a read or write of this socket; -1 = cannot tell. Poll and epoll do not count. */
-static __always_inline int sleepers(const struct sock *sk)
-{
-	const struct wait_queue_entry *entry;
-	const struct list_head *head, *at;
-	int i, count = 0;
-
-	head = (const void *)BPF_CORE_READ(sk, sk_wq);
-	if (!head)
-		return -1;
-	head = (const void *)head + bpf_core_field_offset(struct socket_wq, wait.head);
-	at = BPF_CORE_READ(head, next);
-	for (i = 0; i < 8 && at != head; i++) {
-		entry = (const void *)at - bpf_core_field_offset(struct wait_queue_entry, entry);
-		if (!knobs.recv_wake || (__u64)BPF_CORE_READ(entry, func) == knobs.recv_wake)
-			count++;
-		at = BPF_CORE_READ(at, next);
-	}
-	return at == head ? count : -1;
+	return READ(psock, ingress_msg.next) != head;
 }
 
 /* Threads inside tcp_bpf_sendmsg or tcp_bpf_recvmsg of this socket, asleep or not: each holds a
  * reference to the psock. Those inside native tcp_recvmsg do not. */
 static __always_inline int inside(const struct sock *sk)
 {
-	return BPF_CORE_READ(psock_of(sk), refcnt.refs.counter) - 1;
+	return READ(psock_of(sk), refcnt.refs.counter) - 1;
+}
+
+#define FRAME_WORDS 32 /* from a wait queue entry to the return address of the function that has it on its stack */
+
+enum recv { IN_NO_RECV, IN_NATIVE_RECV, IN_OUR_RECV, IN_SOME_RECV };
+
+/* On the stack of a thread inside which recv is this entry? sk_wait_data() keeps it in its frame, right above which
+ * stands an address in tcp_recvmsg_locked() to return to; tcp_msg_wait_data() has one in ours there, or is part of it.
+ * The first that is found decides: what stands farther up may be left from calls that are over. */
+static __always_inline enum recv waits_in(const struct wait_queue_entry *entry)
+{
+	const __u64 *at = (const void *)entry;
+	__u64 word;
+	int i, part;
+
+	for (i = 0; i < FRAME_WORDS; i++) {
+		if (bpf_probe_read_kernel(&word, sizeof(word), at + i))
+			return IN_SOME_RECV; /* cannot tell */
+		for (part = 0; part < UP_RECV_PARTS; part++)
+			if (word >= knobs.recv_code[2 * part] && word < knobs.recv_code[2 * part + 1])
+				return part < UP_RECV_NATIVE ? IN_NATIVE_RECV : IN_OUR_RECV;
+	}
+	return IN_NO_RECV;
+}
+
+#define WAITERS 8 /* epoll instances and threads: of more it is not known who sleeps */
+
+/* How many wait on this socket to be woken by the function at `wake`, 0 = any, and may do so inside this recv, 0 =
+ * anywhere; -1 = cannot tell. */
+static __always_inline int waiters(const struct sock *sk, __u64 wake, enum recv inside)
+{
+	const struct wait_queue_entry *entry;
+	const struct list_head *head, *at;
+	int i, count = 0;
+
+	head = (const void *)READ(sk, sk_wq);
+	if (!head) /* not accepted yet, or closed: nobody can */
+		return 0;
+	head = (const void *)head + bpf_core_field_offset(struct socket_wq, wait.head);
+	at = READ(head, next);
+	for (i = 0; i < WAITERS && at != head; i++) {
+		entry = (const void *)at - bpf_core_field_offset(struct wait_queue_entry, entry);
+		if ((!wake || (__u64)READ(entry, func) == wake) && (!inside || waits_in(entry) & inside))
+			count++;
+		at = READ(at, next);
+	}
+	return at == head ? count : -1;
+}
+
+/* Threads asleep in a read or write of this socket; -1 = cannot tell. Poll and epoll do not count. */
+static __always_inline int sleepers(const struct sock *sk)
+{
+	return waiters(sk, knobs.recv_wake, 0);
+}
+
+/* May a thread be asleep in a read of this socket? One that waits for room to write is counted by the kernel. */
+static __always_inline bool reader_sleeps(const struct sock *sk)
+{
+	return sleepers(sk) != READ(sk, sk_write_pending);
+}
+
+/* Threads asleep in native recv of the socket at this address, where redirected bytes do not wake them; -1 = cannot
+ * tell. Where the kernel does not say where that code is, as many as cannot be inside ours. Global, so that the
+ * verifier looks at it once. */
+__noinline int native_readers(__u64 sock)
+{
+	const struct sock *sk = (const void *)sock;
+	int ours, asleep;
+
+	if (knobs.recv_code[0] && knobs.recv_wake)
+		return waiters(sk, knobs.recv_wake, IN_NATIVE_RECV);
+	asleep = sleepers(sk);
+	ours = inside(sk);
+	return asleep > ours ? asleep - ours : asleep < 0 ? -1 : 0;
+}
+
+/* Are there, besides `here`, threads inside tcp_bpf_sendmsg or tcp_bpf_recvmsg of the socket at this address that are
+ * awake? */
+static __always_inline bool awake_inside(__u64 sock, int here)
+{
+	const struct sock *sk = (const void *)sock;
+	int native = native_readers(sock);
+
+	return native < 0 || inside(sk) - here > sleepers(sk) - native;
+}
+
+/* Is the socket that this endpoint knows as its peer's still that, and not another that took its memory? Asked last. */
+static __always_inline bool still_peer(const struct endpoint *ep)
+{
+	const struct sock *peer = (const void *)ep->peer_sock;
+
+	return READ(peer, __sk_common.skc_cookie.counter) == (__s64)ep->peer.cookie;
 }
 
 /* May a redirect that was decided before still be on its way to this socket? Only a thread that is inside
@@ -100,16 +158,75 @@ static __always_inline bool more_may_come(const struct endpoint *ep)
 {
 	const struct sock *peer = ep ? (const void *)ep->peer_sock : 0;
 
-	return peer && BPF_CORE_READ(peer, __sk_common.skc_cookie.counter) == (__s64)ep->peer.cookie &&
-	       psock_of(peer) && inside(peer) > sleepers(peer);
+	return peer && still_peer(ep) && psock_of(peer) && awake_inside(ep->peer_sock, 0);
 }
 
-static __always_inline __u32 callback_flags(const struct tcp_sock *tp)
+static __always_inline bool in_use(__u64 sock)
 {
-	if (!knobs.rdonly_cast)
-		return BPF_CORE_READ(tp, bpf_sock_ops_cb_flags);
-	tp = bpf_rdonly_cast(tp, bpf_core_type_id_kernel(struct tcp_sock));
-	return tp->bpf_sock_ops_cb_flags;
+	return READ((const struct sock *)sock, sk_lock.owned);
+}
+
+#define COPY_LOOKS 1024
+#define COPY_NS 10000      /* an idle reader's call, and then some */
+#define COPY_MOST_NS 50000 /* sleeping and waking costs the sender as much */
+
+/* Does a thread hold the socket at this address, whose endpoint is at `state`, for longer than it takes to copy what
+ * waits? bpf_tcp_ingress() would sleep until it lets go, whether or not the sender may sleep, and not even SIGKILL
+ * would wake it; and that thread may be in a page fault, or have no processor. TCP has the backlog for this. One that
+ * looks on in the same way, from the other end, lets go of its own socket next. Global, so that the verifier looks at
+ * it once. */
+__noinline int held_for_long(__u64 sock, __u64 state, __u32 unread)
+{
+	const struct endpoint *peer = (const void *)state;
+	__u64 patience = COPY_NS + unread / 4, until;
+	int i;
+
+	if (patience > COPY_MOST_NS)
+		patience = COPY_MOST_NS;
+	until = bpf_ktime_get_ns() + patience;
+	for (i = 0; i < COPY_LOOKS; i++) {
+		__u8 waits = 0;
+
+		if (!in_use(sock))
+			return 0;
+		bpf_probe_read_kernel(&waits, sizeof(waits), &peer->waits);
+		if (waits)
+			return 0;
+		if (bpf_ktime_get_ns() >= until)
+			break;
+	}
+	return 1;
+}
+
+#define CGROUPS_ABOVE 6
+#define CGROUP_RESERVE (16 << 20) /* bytes below the limit, or an eighth of it */
+#define PAGE_BYTES 4096
+
+/* Is a memory cgroup that a socket is charged to near its limit? Redirected bytes are charged by the sender, who
+ * reclaims there, and at the limit has a process of the reader's killed; TCP drops the packet instead
+ * (gfp_memcg_charge). */
+static __always_inline bool cgroup_short(const struct sock *sk)
+{
+	const struct page_counter *at;
+	unsigned long most, reserve;
+	__s64 used;
+	int i;
+
+	if (!bpf_core_field_exists(sk->sk_memcg))
+		return false;
+	at = (const void *)((__u64)READ(sk, sk_memcg) & ~7ull); /* flags, since 6.18 */
+	if (!at)
+		return false;
+	at = (const void *)at + bpf_core_field_offset(struct mem_cgroup, memory);
+	for (i = 0; i < CGROUPS_ABOVE && at; i++) {
+		most = READ(at, max);
+		used = READ(at, usage.counter);
+		reserve = most / 8 < CGROUP_RESERVE / PAGE_BYTES ? most / 8 : CGROUP_RESERVE / PAGE_BYTES;
+		if (used > 0 && (unsigned long)used + reserve > most)
+			return true;
+		at = READ(at, parent);
+	}
+	return false;
 }
 
 /* Has the peer announced that it leaves, or left by such an announcement? Why; 0 = no. */
@@ -119,30 +236,31 @@ static __always_inline enum up_reason peer_leaves(const struct endpoint *ep)
 	const struct endpoint *at = (const void *)ep->peer_state;
 	__u8 why = 0;
 
-	if (!peer || !(callback_flags(peer) & LEAVING_FLAG))
+	if (!peer || !(READ(peer, bpf_sock_ops_cb_flags) & LEAVING_FLAG))
 		return 0;
 	bpf_probe_read_kernel(&why, sizeof(why), &at->leave);
-	if (BPF_CORE_READ(peer, inet_conn.icsk_inet.sk.__sk_common.skc_cookie.counter) !=
-	    (__s64)ep->peer.cookie)
-		return 0; /* the memory is another's by now */
+	if (!still_peer(ep))
+		return 0;
 	return why && why < UP_REASON_MAX ? why : UP_PEER_GONE;
 }
 
 /* Inside the subtree that sock_ops is attached to? */
 static __always_inline bool covered(const struct sock *sk)
 {
-	const struct cgroup *cgrp = BPF_CORE_READ(sk, sk_cgrp_data.cgroup);
+	const struct cgroup *cgrp, *at = 0;
+	const struct kernfs_node *node;
 	const void *slot;
-	const struct cgroup *at = 0;
 
 	if (!knobs.cgroup_id)
 		return true;
-	if (!cgrp || BPF_CORE_READ(cgrp, level) < (int)knobs.cgroup_level)
+	cgrp = READ(sk, sk_cgrp_data.cgroup);
+	if (!cgrp || READ(cgrp, level) < (int)knobs.cgroup_level)
 		return false;
 	slot = (const void *)cgrp + bpf_core_field_offset(struct cgroup, ancestors) +
 	       knobs.cgroup_level * sizeof(void *);
 	bpf_probe_read_kernel(&at, sizeof(at), slot);
-	return at && BPF_CORE_READ(at, kn, id) == knobs.cgroup_id;
+	node = at ? READ(at, kn) : 0;
+	return node && READ(node, id) == knobs.cgroup_id;
 }
 
 /* Both ends of a socket, as `read_ends` (pair.h) gives them; zeroed by the caller. */
@@ -151,24 +269,27 @@ static __always_inline void read_sock_ends(const struct sock *sk, struct up_addr
 {
 	const struct sock_common *skc = &sk->__sk_common;
 
-	local->port = BPF_CORE_READ(skc, skc_num);
-	remote->port = bpf_ntohs(BPF_CORE_READ(skc, skc_dport));
-	if (BPF_CORE_READ(skc, skc_family) == AF_INET) {
+	local->port = READ(skc, skc_num);
+	remote->port = bpf_ntohs(READ(skc, skc_dport));
+	if (READ(skc, skc_family) == AF_INET) {
 		local->ip[0] = local->ip[1] = remote->ip[0] = remote->ip[1] = 0;
 		local->ip[2] = remote->ip[2] = bpf_htonl(0xffff);
-		local->ip[3] = BPF_CORE_READ(skc, skc_rcv_saddr);
-		remote->ip[3] = BPF_CORE_READ(skc, skc_daddr);
+		local->ip[3] = READ(skc, skc_rcv_saddr);
+		remote->ip[3] = READ(skc, skc_daddr);
 	} else {
 		BPF_CORE_READ_INTO(&local->ip, skc, skc_v6_rcv_saddr);
 		BPF_CORE_READ_INTO(&remote->ip, skc, skc_v6_daddr);
 	}
 }
 
-/* Did the program ask for MSG_ZEROCOPY (SO_ZEROCOPY)? A direct read: asked with every message. */
-static __always_inline bool zero_copies(const struct tcp_sock *tp)
+#define TX_TIMESTAMPS (1 << 0 | 1 << 1 | 1 << 8 | 1 << 9) /* SOF_TIMESTAMPING_TX_*: by hardware, software, sched, ack */
+
+/* Does the program wait for notes in the error queue on what it sends: did it set SO_ZEROCOPY or ask for timestamps of
+ * transmission? Direct reads: asked with every message. */
+static __always_inline bool uses_error_queue(const struct tcp_sock *tp)
 {
-	return READER_SOCK(tp).__sk_common.skc_flags >>
-		       bpf_core_enum_value(enum sock_flags, SOCK_ZEROCOPY) & 1;
+	return (READER_SOCK(tp).__sk_common.skc_flags >> bpf_core_enum_value(enum sock_flags, SOCK_ZEROCOPY) & 1) ||
+	       READER_SOCK(tp).sk_tsflags & TX_TIMESTAMPS;
 }
 
 #endif

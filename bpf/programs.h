@@ -36,16 +36,32 @@ static __always_inline __u64 mix(__u64 hash, __u64 word)
 	return hash ^ (hash >> 32);
 }
 
+/* The program that was put here for `owner`; 0 = none, or another was put over it. */
+static __always_inline __u64 sealed_for(const struct sealed *at, __u64 owner)
+{
+	__u64 program = at ? *(volatile const __u64 *)&at->program : 0;
+
+	return program && *(volatile const __u64 *)&at->seal == mix(owner, program) ? program : 0;
+}
+
+static __always_inline void put_sealed(struct sealed *at, __u64 owner, __u64 program)
+{
+	if (!at)
+		return;
+	*(volatile __u64 *)&at->program = program;
+	*(volatile __u64 *)&at->seal = mix(owner, program);
+}
+
 static __always_inline __u64 changed_at(const struct inode *inode)
 {
 	const struct inode___v67 *v67 = (const void *)inode;
 	const struct inode___v61 *v61 = (const void *)inode;
 
 	if (bpf_core_field_exists(inode->i_mtime_sec))
-		return BPF_CORE_READ(inode, i_mtime_sec);
+		return READ(inode, i_mtime_sec);
 	if (bpf_core_field_exists(v67->__i_mtime))
-		return BPF_CORE_READ(v67, __i_mtime.tv_sec);
-	return BPF_CORE_READ(v61, i_mtime.tv_sec);
+		return READ(v67, __i_mtime.tv_sec);
+	return READ(v61, i_mtime.tv_sec);
 }
 
 /* Programs that are what their arguments say. Four letters tell enough, or three. */
@@ -64,12 +80,12 @@ static __always_inline bool interprets(const char *name)
 
 static __always_inline const struct file *executable(const struct mm_struct *mm)
 {
-	return mm ? BPF_CORE_READ(mm, exe_file) : 0;
+	return mm ? READ(mm, exe_file) : 0;
 }
 
 static __always_inline const struct mm_struct *memory_of_caller(void)
 {
-	return BPF_CORE_READ((const struct task_struct *)bpf_get_current_task(), mm);
+	return READ((const struct task_struct *)bpf_get_current_task(), mm);
 }
 
 static __always_inline void read_name(char *name, const struct file *exe)
@@ -98,17 +114,17 @@ static __noinline __u64 identify(__u32 *interpreter)
 
 	if (!exe || narrow_call())
 		return 0;
-	inode = BPF_CORE_READ(exe, f_inode);
+	inode = READ(exe, f_inode);
 	read_name((char *)words, exe);
 	for (i = 0; i < NAME_SIZE / 8; i++)
 		hash = mix(hash, words[i]);
-	hash = mix(hash, BPF_CORE_READ(inode, i_size));
+	hash = mix(hash, READ(inode, i_size));
 	hash = mix(hash, changed_at(inode));
 	*interpreter = interprets((char *)words);
 	if (!*interpreter)
 		return hash ?: 1;
-	at = BPF_CORE_READ(mm, arg_start);
-	left = BPF_CORE_READ(mm, arg_end) - at;
+	at = READ(mm, arg_start);
+	left = READ(mm, arg_end) - at;
 	for (part = 0; part < ARGUMENT_PARTS && left; part++) {
 		__u64 size = left < sizeof(words) ? left : sizeof(words);
 
@@ -138,18 +154,13 @@ static __always_inline __u32 rule_for(__u64 program, const char *name)
 
 static const struct up_program nothing_known;
 
-/* Programs that were identified on each CPU of late. The seal tells of which run, and that both words were written
- * together: another task may write in between. */
+/* Programs that were identified on each CPU of late, by the run that the task was in. */
 #define LAST_CALLERS 16
-struct last_caller {
-	__u64 program;
-	__u64 seal;
-};
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, LAST_CALLERS);
 	__type(key, __u32);
-	__type(value, struct last_caller);
+	__type(value, struct sealed);
 } last_callers SEC(".maps");
 
 /* The run that the calling task is in; 0 = none. */
@@ -161,24 +172,11 @@ static __always_inline __u64 current_run(void)
 	return mix(mix(mix((__u64)mm, (__u64)executable(mm)), task->group_leader->start_boottime), task->self_exec_id);
 }
 
-static __always_inline __u64 remembered(__u64 run)
+static __always_inline struct sealed *last_caller(__u64 run)
 {
 	__u32 slot = run % LAST_CALLERS;
-	struct last_caller *last = bpf_map_lookup_elem(&last_callers, &slot);
-	__u64 program = last ? *(volatile __u64 *)&last->program : 0;
 
-	return program && *(volatile __u64 *)&last->seal == mix(run, program) ? program : 0;
-}
-
-static __always_inline void remember(__u64 run, __u64 program)
-{
-	__u32 slot = run % LAST_CALLERS;
-	struct last_caller *last = bpf_map_lookup_elem(&last_callers, &slot);
-
-	if (!last)
-		return;
-	*(volatile __u64 *)&last->program = program;
-	*(volatile __u64 *)&last->seal = mix(run, program);
+	return bpf_map_lookup_elem(&last_callers, &slot);
 }
 
 /* The calling task's program, entered into the list if it is new. */
@@ -187,18 +185,19 @@ static __noinline __u64 current_program(void)
 	__u64 key, start, size;
 	const struct mm_struct *mm;
 	struct up_program *p;
+	__u64 run = current_run();
 	__u32 interpreter = 0;
-	__u64 run;
+	struct sealed *last;
 
-	run = current_run();
-	key = narrow_call() ? 0 : remembered(run);
+	last = last_caller(run);
+	key = narrow_call() ? 0 : sealed_for(last, run);
 	if (key && bpf_map_lookup_elem(&programs, &key))
 		return key;
 	key = identify(&interpreter);
 	if (!key)
 		return 0;
 	if (!interpreter) /* one may write new arguments over its own */
-		remember(run, key);
+		put_sealed(last, run, key);
 	if (bpf_map_lookup_elem(&programs, &key))
 		return key;
 	bpf_map_update_elem(&programs, &key, &nothing_known, BPF_NOEXIST);
@@ -207,11 +206,11 @@ static __noinline __u64 current_program(void)
 	if (!p || !executable(mm))
 		return key;
 	p->first_seen = bpf_ktime_get_ns();
-	p->pid = BPF_CORE_READ((const struct task_struct *)bpf_get_current_task(), tgid);
+	p->pid = READ((const struct task_struct *)bpf_get_current_task(), tgid);
 	read_name(p->name, executable(mm));
 	p->by_arguments = interprets(p->name);
-	start = BPF_CORE_READ(mm, arg_start);
-	size = BPF_CORE_READ(mm, arg_end) - start;
+	start = READ(mm, arg_start);
+	size = READ(mm, arg_end) - start;
 	if (size > sizeof(p->command))
 		size = sizeof(p->command);
 	bpf_probe_read_user(p->command, size, (const void *)start);

@@ -7,9 +7,12 @@
 #include "pair.h"
 #include "small.h"
 
-/* The node's memory is looked at with every message, but with every 16th of small ones that wait. */
+/* The node's memory is looked at with every message, but with every 16th of small ones that wait; that of the reader's
+ * cgroups with every 16th, or every 4th of those that are not small. */
 #define MEMORY_EVERY 16
+#define CGROUP_EVERY 4
 #define MEMORY_ALWAYS 16384
+#define SMALL_PROOF 4096 /* fills no send buffer */
 
 /* Could a reader be inside native tcp_recvmsg, where it never sees a redirected byte (MSG_WAITALL, one
  * of several readers, one that slept since before the handshake)? Asked once per switch from TCP, after
@@ -17,13 +20,7 @@
  * queue, or is gone. */
 static __always_inline bool reader_waits_for_tcp(__u64 sock)
 {
-	const struct sock *sk = (const void *)sock;
-	int asleep;
-
-	if (BPF_CORE_READ(sk, sk_lock.owned))
-		return true;
-	asleep = sleepers(sk);
-	return asleep < 0 || asleep > inside(sk);
+	return in_use(sock) || native_readers(sock) != 0;
 }
 
 /* A deep queue needs one of the node's few slots. A slot whose reader has drained may be taken over. */
@@ -61,9 +58,16 @@ static __always_inline bool granted(struct endpoint *ep)
 static __always_inline bool memory_short(const struct tcp_sock *tp)
 {
 	__s64 pages = READER_SOCK(tp).__sk_common.skc_prot->memory_allocated->counter;
+	__s64 most = knobs.memory_pages;
+	unsigned long pressure = 0;
 
 	/* Signed: the sum may be below zero while CPUs hold reserves (sk_memory_allocated). */
-	return knobs.memory_pages && pages > (__s64)knobs.memory_pages;
+	if (!most || pages <= most >> 1)
+		return false;
+	/* Pressure lasts from tcp_mem[1] until below tcp_mem[0]. Meanwhile the kernel refuses what a socket is charged beyond
+	 * its share, and a redirect fails with ENOMEM where TCP drops a packet. */
+	bpf_probe_read_kernel(&pressure, sizeof(pressure), READER_SOCK(tp).__sk_common.skc_prot->memory_pressure);
+	return pages > most || pressure;
 }
 
 /* The unread messages are those sent since the mark before the last: `older` + `newer`. Once the
@@ -94,7 +98,36 @@ static __always_inline enum up_reason over_budget(struct endpoint *ep, const str
 		return UP_NODE_BUDGET;
 	if (messages % MEMORY_EVERY && unread + size <= MEMORY_ALWAYS)
 		return UP_SHORTCUT;
-	return memory_short(tp) ? UP_NODE_MEMORY : UP_SHORTCUT;
+	if (memory_short(tp))
+		return UP_NODE_MEMORY;
+	return !(messages % CGROUP_EVERY) && !fault(UP_FAULT_NO_CGROUP) && cgroup_short((const struct sock *)ep->peer_sock)
+		       ? UP_CGROUP_MEMORY
+		       : UP_SHORTCUT;
+}
+
+/* May this message turn to TCP though none has to? Not where one would not be told of it: a reader that counts what this
+ * kernel does not, or peeks for the rest of a record behind what waits. Nor where a thread asleep in a read of the
+ * sender's own socket would be woken for nothing (tcp_msg_wait_data) by the room that TCP makes, if it ran out of that. */
+static __always_inline bool may_turn(const struct endpoint *ep, const struct tcp_sock *tp, __u32 unread, __u32 size)
+{
+	__u32 looks = looks_at(ep->peer_program, ep->peer.cookie);
+
+	if ((knobs.fionread_broken && looks & UP_COUNTS) || (unread && looks & UP_PEEKS))
+		return false;
+	return (size <= SMALL_PROOF && tp->snd_una == tp->write_seq) || !sleepers((const struct sock *)tp);
+}
+
+/* As held_for_long(), while the other end can see that we look on. Who may not turn sleeps. */
+static __always_inline bool reader_busy(struct endpoint *ep, const struct tcp_sock *tp, __u32 unread, __u32 size)
+{
+	bool held;
+
+	if (fault(UP_FAULT_SLEEPY) || !in_use(ep->peer_sock) || order_at_stake(ep))
+		return false;
+	*(volatile __u8 *)&ep->waits = 1;
+	held = held_for_long(ep->peer_sock, ep->peer_state, unread);
+	*(volatile __u8 *)&ep->waits = 0;
+	return held && may_turn(ep, tp, unread, size);
 }
 
 /* The gate: has the reader consumed all that ever went by TCP? */
@@ -110,12 +143,64 @@ static __always_inline bool all_consumed(const struct endpoint *ep, const struct
 	return r->copied_seq == written;
 }
 
+/* Has the reader received more than we sent? Then NAT rewrites the stream, and the gate would compare in vain. The
+ * twins that are not sure of their peer would be saved by this. */
+static __always_inline bool rewritten(const struct reader *r, __u32 written)
+{
+	return (__s32)(r->rcv_nxt - written) > 0 &&
+	       !fault(UP_FAULT_SHIFTED | UP_FAULT_ADDRESS_KEYS | UP_FAULT_STALE_PEER | UP_FAULT_NO_PROOF);
+}
+
+/* Shall this message meet the network path, so that a rule that drops it by now stops the stream, and conntrack sees
+ * that it lives? At best while nothing waits for the reader: bytes that come by TCP behind others have no edge of
+ * their own (stuck.h), and one that peeks for a whole record would never see its rest. At the end of the interval also
+ * else, if the reader has taken meanwhile what waited before. */
+static __always_inline bool proof_due(struct endpoint *ep, const struct tcp_sock *tp, __u32 size, __u64 interval,
+				      const struct reader *r)
+{
+	__u64 now = bpf_ktime_get_coarse_ns(), age = now - ep->proved_at;
+
+	if (!ep->proved_at) {
+		ep->proved_at = now;
+		ep->proof_mark = 0;
+		return false;
+	}
+	if (age < interval - interval / 4)
+		return false;
+	if (r->unread) {
+		if (!ep->proof_mark)
+			ep->proof_mark = ep->shortcut_bytes;
+		if (age < interval || ep->shortcut_bytes - r->unread < ep->proof_mark)
+			return false;
+	}
+	if (fault(UP_FAULT_RASH_PROOF) || may_turn(ep, tp, r->unread, size))
+		return true;
+	ep->proved_at = now - (interval - interval / 4) + interval / 16; /* not with every message from now on */
+	return false;
+}
+
 /* The sender itself: without a call into the kernel where that can be saved. */
 static __always_inline const struct tcp_sock *own_sock(const struct endpoint *ep, struct bpf_sock *sk)
 {
 	if (knobs.rdonly_cast)
 		return bpf_rdonly_cast((const void *)ep->sock, bpf_core_type_id_kernel(struct tcp_sock));
 	return bpf_skc_to_tcp_sock(sk);
+}
+
+/* Why this direction redirects no more, whatever its reader does; 0 = it still may. */
+static __always_inline enum up_reason turned_away(struct endpoint *ep)
+{
+	enum up_reason why = 0;
+
+	if (guarded(ep))
+		why = UP_MARKED;
+	else if (ep->barred)
+		why = UP_POLICY;
+	else if (ep->leave == UP_SMALL_STREAM)
+		why = UP_LEAVING;
+	else if (ep->leave == UP_AMBIGUOUS)
+		return UP_TCP_UNREAD;
+	return why && order_at_stake(ep) ? 0 : why;
 }
 
 static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_sock *sk,
@@ -133,10 +218,9 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 		return ctl->stop == UP_PAUSED ? UP_PAUSED : UP_DRAINING;
 	if (!ep->peer.cookie && !meet_server(ep))
 		return UP_UNPAIRED;
-	if (guarded(ep) && !order_at_stake(ep))
-		return UP_MARKED;
-	if (ep->leave == UP_SMALL_STREAM && !order_at_stake(ep))
-		return UP_LEAVING;
+	reason = turned_away(ep);
+	if (reason)
+		return reason;
 	if (sk->state != BPF_TCP_ESTABLISHED && sk->state != BPF_TCP_CLOSE_WAIT)
 		return UP_CLOSING;
 	tp = own_sock(ep, sk);
@@ -156,7 +240,7 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 	barrier(); /* or clang joins the two pointers with |, which the verifier refuses */
 	if (tp->inet_conn.icsk_ulp_ops)
 		return UP_ULP;
-	if (zero_copies(tp))
+	if (uses_error_queue(tp))
 		return UP_ZEROCOPY;
 	if (r.lowat > 1)
 		return UP_RCVLOWAT;
@@ -166,9 +250,16 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 		ep->emptying = 1;
 	if (ep->emptying && !r.unread && goes_now(ep, tp))
 		return UP_LEAVING;
+	if (ctl->reproof_ns && proof_due(ep, tp, msg->size, ctl->reproof_ns, &r) && !order_at_stake(ep))
+		return UP_REPROOF;
 	if (ctl->forced && (bpf_get_prandom_u32() & 0xffff) < ctl->forced)
 		return UP_FORCED;
 	written = tp->write_seq;
+	if (rewritten(&r, written)) {
+		if (!ep->leave)
+			wants_out(ep, UP_AMBIGUOUS);
+		return UP_TCP_UNREAD;
+	}
 	if (!all_consumed(ep, tp, &r, written))
 		return UP_TCP_UNREAD;
 	if (ep->redirect_seq != written)
@@ -186,6 +277,8 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 			return reason;
 		}
 	}
+	if (reader_busy(ep, tp, r.unread, msg->size))
+		return UP_READER_BUSY;
 	if (bpf_msg_redirect_hash(msg, &sockets, &ep->peer, BPF_F_INGRESS) != SK_PASS)
 		return UP_PEER_GONE;
 	ep->redirect_seq = written;
@@ -223,14 +316,14 @@ static __always_inline int steer(struct sk_msg_md *msg)
 	if (reason != ep->reason)
 		learn(ep, sk, reason);
 	ep->reason = reason;
-	if (reason != UP_SHORTCUT)
-		ep->emptying = 0;
 	if (reason == UP_SHORTCUT) {
 		ep->held = 0;
 		ep->shortcut_bytes += msg->size;
 		ep->shortcut_messages++;
 		ep->newer++;
 	} else {
+		ep->emptying = 0;
+		ep->proved_at = 0;
 		ep->tcp_messages++;
 		if (reason == UP_LEAVING)
 			ep->sender = bpf_get_current_task();

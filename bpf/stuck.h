@@ -13,81 +13,17 @@
 #ifndef UNDERPASS_STUCK_H
 #define UNDERPASS_STUCK_H
 
-#include "pair.h"
+#include "options.h"
 
 #define PATIENCE_NS 150000000ull /* shorter than the shortest probe interval, 200 ms */
+#define LONG_PATIENCE_NS 2000000000ull
 #define GRACE_NS 3000000ull      /* for those that know that nobody sends to them any more */
 #define FIRST_READ 512           /* a first message up to this is read in one go */
-#define KEEP_MOST 127
-#define NARROW_BUFFER (128 << 10) /* four loopback segments: fewer would wait for delayed ACKs */
-#define WIDE_BUFFER (4 << 20) /* the kernel takes at most net.core.wmem_max */
-#define SOCK_SNDBUF_LOCK 1
 #define RCV_SHUTDOWN 1
-
-/* Let the keepalive timer send a packet at every second of silence. Its count is raised: on a path that
- * has begun to drop packets the program's connection must not end sooner for our sake. */
-static __always_inline void start_ticking(struct bpf_sock_ops *ctx, struct endpoint *ep)
-{
-	int on = 0, one = 1, most = KEEP_MOST;
-
-	if (bpf_getsockopt(ctx, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on)) ||
-	    bpf_getsockopt(ctx, SOL_TCP, TCP_KEEPIDLE, &ep->keep_idle, sizeof(int)) ||
-	    bpf_getsockopt(ctx, SOL_TCP, TCP_KEEPINTVL, &ep->keep_interval, sizeof(int)) ||
-	    bpf_getsockopt(ctx, SOL_TCP, TCP_KEEPCNT, &ep->keep_count, sizeof(int)))
-		return;
-	ep->ticking = on ? 2 : 1;
-	bpf_setsockopt(ctx, SOL_TCP, TCP_KEEPCNT, &most, sizeof(most));
-	bpf_setsockopt(ctx, SOL_TCP, TCP_KEEPINTVL, &one, sizeof(one));
-	bpf_setsockopt(ctx, SOL_TCP, TCP_KEEPIDLE, &one, sizeof(one));
-	if (!on)
-		bpf_setsockopt(ctx, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof(one));
-}
-
-/* Sets an option back to what it was, unless the program has changed it meanwhile: then it is false.
- * `sk` is what bpf_setsockopt takes in the calling program: its context, or the socket. */
-#define PUT_BACK(sk, option, ours, was)                                                            \
-	({                                                                                         \
-		int now = 0;                                                                       \
-		bool same = !bpf_getsockopt(sk, SOL_TCP, option, &now, sizeof(now)) && now == ours; \
-		if (same)                                                                          \
-			bpf_setsockopt(sk, SOL_TCP, option, was, sizeof(int));                     \
-		same;                                                                              \
-	})
-
-#define STOP_TICKING(sk, ep)                                                                       \
-	({                                                                                         \
-		bool ours = PUT_BACK(sk, TCP_KEEPIDLE, 1, &(ep)->keep_idle);                       \
-		int off = 0;                                                                       \
-		ours &= PUT_BACK(sk, TCP_KEEPINTVL, 1, &(ep)->keep_interval);                      \
-		ours &= PUT_BACK(sk, TCP_KEEPCNT, KEEP_MOST, &(ep)->keep_count);                   \
-		if (ours && (ep)->ticking == 1)                                                    \
-			bpf_setsockopt(sk, SOL_SOCKET, SO_KEEPALIVE, &off, sizeof(off));           \
-		(ep)->ticking = 0;                                                                 \
-	})
-
-/* Over budget, TCP holds the sender - but with megabytes in its send buffer it would fill that again as
- * fast as it drains, and the gate would never see a moment at which all is consumed: on a slow path the
- * stream would stay on TCP for good. With a narrow buffer the sender stops after a message or two, the
- * reader catches up, and the shortcut is back. A size that the program chose itself is left alone. */
-static __always_inline void set_buffer(struct bpf_sock_ops *ctx, struct endpoint *ep,
-				       const struct tcp_sock *tp, bool narrow)
-{
-	const struct sock *sk = &tp->inet_conn.icsk_inet.sk;
-	int size = narrow ? NARROW_BUFFER : WIDE_BUFFER;
-
-	if (narrow == (ep->narrow == 1))
-		return;
-	if (!ep->narrow && (BPF_CORE_READ_BITFIELD_PROBED(sk, sk_userlocks) & SOCK_SNDBUF_LOCK))
-		return;
-	if (!narrow && BPF_CORE_READ(sk, sk_sndbuf) != 2 * NARROW_BUFFER)
-		return;
-	if (!bpf_setsockopt(ctx, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size)))
-		ep->narrow = narrow ? 1 : 2;
-}
 
 /* Takes the calling socket out of the map, for good. The caller knows that no redirected byte waits
  * for it or is on its way. Setting SO_RCVLOWAT wakes whoever has bytes to read (tcp_set_rcvlowat). */
-static __always_inline void leave(struct bpf_sock_ops *ctx, struct endpoint *ep,
+static __noinline void leave(struct bpf_sock_ops *ctx, struct endpoint *ep,
 				  const struct tcp_sock *tp, enum up_reason reason)
 {
 	struct handshake *shake;
@@ -103,13 +39,13 @@ static __always_inline void leave(struct bpf_sock_ops *ctx, struct endpoint *ep,
 		bpf_map_delete_elem(&handshakes, &ep->numbers);
 	}
 	bpf_map_delete_elem(&sockets, &ep->self);
-	ep->left = 1;
+	note_left(ep);
 	ep->reason = reason;
 	count_socket(reason);
-	clear_flags(ctx, BUILD_FLAG | CLOSE_FLAG);
+	set_buffer(ctx, ep, tp, false);
+	clear_flags(ctx, ep->narrow == 1 ? CLOSE_FLAG : BUILD_FLAG | CLOSE_FLAG); /* a reader sleeps: on_packet() tries again */
 	if (ep->ticking)
 		STOP_TICKING(ctx, ep);
-	set_buffer(ctx, ep, tp, false);
 	if (tp->rcv_nxt != tp->copied_seq && !bpf_getsockopt(ctx, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat)))
 		bpf_setsockopt(ctx, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat));
 }
@@ -128,7 +64,7 @@ static __always_inline bool settled(const struct endpoint *ep, const struct sock
 {
 	if (has_unread(sk) || order_at_stake(ep))
 		return false;
-	return fault(UP_FAULT_UNSETTLED) || (inside(sk) - here <= sleepers(sk) && !more_may_come(ep));
+	return fault(UP_FAULT_UNSETTLED) || (!awake_inside(ep->sock, here) && !more_may_come(ep));
 }
 
 /* Our side is shut down; the other may go on. A thread asleep in tcp_bpf_recvmsg takes the wake-up that
@@ -146,19 +82,49 @@ static __always_inline void half_close(struct bpf_sock_ops *ctx, struct endpoint
 		leave(ctx, ep, tp, UP_HALF_CLOSED);
 }
 
+/* Whoever holds the lock, if anybody does, is the one that builds the packet, or takes it in. */
+static __always_inline bool settled_here(const struct endpoint *ep, const struct tcp_sock *tp)
+{
+	const struct sock *sk = (const struct sock *)tp;
+
+	return settled(ep, sk, in_use((__u64)sk) ? 1 : 0);
+}
+
+/* TCP bytes came with a FIN, or waited when it came, for one that asks FIONREAD, which says 0 of them here, and takes
+ * that for the end. Out of the map they count. */
+static __always_inline bool would_miscount(const struct endpoint *ep, const struct tcp_sock *tp)
+{
+	return knobs.fionread_broken && !fault(UP_FAULT_EARLY_FIN) && tp->rcv_nxt - tp->copied_seq > 1 &&
+	       (looks_at(ep->program, ep->self.cookie) & UP_COUNTS) && settled_here(ep, tp);
+}
+
+/* The peer's FIN is in; nobody has been woken for it yet (tcp_fin). Its ACK may be 40 ms away. */
+static __always_inline void end_of_file(struct bpf_sock_ops *ctx, struct endpoint *ep)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct tcp_sock *tp;
+
+	tp = sk ? bpf_skc_to_tcp_sock(sk) : 0;
+	if (tp && would_miscount(ep, tp))
+		leave(ctx, ep, tp, UP_READER_STUCK);
+}
+
 static __always_inline void on_state(struct bpf_sock_ops *ctx)
 {
 	__u32 state = CTX(args[1]);
+	bool shuts = state == BPF_TCP_FIN_WAIT1 || state == BPF_TCP_FIN_WAIT2;
 	struct bpf_sock *sk = ctx->sk;
 	struct endpoint *ep;
 
-	if (state != BPF_TCP_FIN_WAIT1 && state != BPF_TCP_CLOSE)
+	if (!shuts && state != BPF_TCP_CLOSE_WAIT && state != BPF_TCP_CLOSE)
 		return;
 	ep = sk ? bpf_sk_storage_get(&endpoints, sk, 0, 0) : 0;
 	if (!ep || !ep->role || ep->left)
 		return;
-	if (state == BPF_TCP_FIN_WAIT1 && (ep->peer.cookie || meet_server(ep)))
+	if (shuts && (ep->peer.cookie || meet_server(ep)))
 		half_close(ctx, ep);
+	if (state == BPF_TCP_CLOSE_WAIT)
+		end_of_file(ctx, ep);
 	if (state == BPF_TCP_CLOSE && ep->role == UP_CLIENT && !(ep->peer.cookie && ep->certain))
 		bpf_map_delete_elem(&handshakes, &ep->numbers); /* should its server not have come */
 }
@@ -170,24 +136,19 @@ static __always_inline void start_afresh(struct bpf_sock_ops *ctx)
 	struct bpf_sock *sk = ctx->sk;
 	struct endpoint *ep;
 	struct tcp_sock *tp;
+	__u8 watched;
 
 	ep = sk ? bpf_sk_storage_get(&endpoints, sk, 0, 0) : 0;
-	if (!ep || !ep->role)
+	if (!ep)
 		return;
+	watched = ep->watched; /* the kernel keeps the callback of a listener that was shut down */
 	tp = bpf_skc_to_tcp_sock(sk);
-	if (tp && !ep->left)
+	if (tp && ep->role && !ep->left)
 		leave(ctx, ep, tp, UP_PEER_GONE);
 	if (ep->told_at)
 		clear_flags(ctx, LEAVING_FLAG);
 	__builtin_memset(ep, 0, sizeof(*ep));
-}
-
-/* As a packet is built. Whoever holds the lock, if anybody does, is the one that builds it. */
-static __always_inline bool settled_here(const struct endpoint *ep, const struct tcp_sock *tp)
-{
-	const struct sock *sk = (const struct sock *)tp;
-
-	return settled(ep, sk, BPF_CORE_READ(sk, sk_lock.owned) ? 1 : 0);
+	ep->watched = watched;
 }
 
 /* May a socket that wants out go now, as far as its peer is concerned? It is told first: it redirects nothing to
@@ -197,7 +158,7 @@ static __always_inline bool settled_here(const struct endpoint *ep, const struct
 static __always_inline bool told(struct bpf_sock_ops *ctx, struct endpoint *ep, const struct tcp_sock *tp,
 				 __u64 now)
 {
-	bool owned = BPF_CORE_READ((const struct sock *)tp, sk_lock.owned), quick;
+	bool owned = in_use((__u64)tp), quick;
 	__u32 flags = CTX(bpf_sock_ops_cb_flags);
 
 	if (!ep->gone_at) /* there is nobody to tell */
@@ -216,22 +177,48 @@ static __always_inline bool only_fin(const struct tcp_sock *tp)
 	return (READER_SOCK(tp).sk_shutdown & RCV_SHUTDOWN) && tp->rcv_nxt - tp->copied_seq == 1;
 }
 
-static __always_inline void on_packet(struct bpf_sock_ops *ctx)
+/* Taken in while it was open, and not paired yet (adopt.h): no redirected byte can have been ahead of what waits. */
+static __always_inline bool entering(const struct endpoint *ep)
+{
+	return ep->certain && !ep->peer.cookie;
+}
+
+/* Does its window hold back bytes that the peer has for it? Then the peer's probes are packets enough. One of ours would
+ * tell of a window that has opened meanwhile, with a number that the peer passes over (tcp_validate_incoming); and the
+ * reader, once it takes bytes by TCP, would not tell again (tcp_cleanup_rbuf). */
+static __always_inline bool window_shut(const struct endpoint *ep, const struct tcp_sock *tp)
+{
+	const struct tcp_sock *peer = (const void *)ep->peer_sock;
+
+	if (!peer || tp->rcv_wup + tp->rcv_wnd - tp->rcv_nxt >= tp->advmss || fault(UP_FAULT_VAIN_PROBE))
+		return false;
+	return READ(peer, write_seq) != tp->rcv_nxt && still_peer(ep);
+}
+
+static __noinline void on_packet(struct bpf_sock_ops *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
 	struct tcp_sock *tp;
 	struct endpoint *ep;
 	enum up_reason why;
 	__u32 copied;
-	bool waits;
+	bool waits, shut;
 	__u64 now;
 
 	ep = sk ? bpf_sk_storage_get(&endpoints, sk, 0, 0) : 0;
-	if (!ep || ep->left || (!ep->role && !ep->observed))
+	if (!ep || (!ep->role && !ep->observed))
 		return;
 	tp = bpf_skc_to_tcp_sock(sk);
 	if (!tp)
 		return;
+	if (ep->left) {
+		if (ep->narrow != 1)
+			return;
+		set_buffer(ctx, ep, tp, false);
+		if (ep->narrow != 1 && !psock_of((const struct sock *)tp)) /* else the flag is another generation's by now */
+			clear_flags(ctx, BUILD_FLAG);
+		return;
+	}
 	if (ep->observed) {
 		ep->observed = ran(ep->program, tp);
 		if (!ep->observed && !psock_of((const struct sock *)tp))
@@ -252,6 +239,7 @@ static __always_inline void on_packet(struct bpf_sock_ops *ctx)
 	if (why)
 		follow(ep, why);
 	set_buffer(ctx, ep, tp, ep->held);
+	no_room_left(ctx, tp);
 	if (CTX(state) == BPF_TCP_FIN_WAIT1) /* its FIN: a moment later, perhaps a better one */
 		return half_close(ctx, ep);
 	copied = tp->copied_seq;
@@ -259,6 +247,9 @@ static __always_inline void on_packet(struct bpf_sock_ops *ctx)
 	if (!ep->leave && !ep->ticking && !waits)
 		return;
 	now = bpf_ktime_get_ns();
+	shut = window_shut(ep, tp);
+	if (ep->ticking && shut)
+		STOP_TICKING(ctx, ep);
 	if (ep->leave && told(ctx, ep, tp, now) && settled_here(ep, tp))
 		return leave(ctx, ep, tp, ep->leave);
 	if (!waits) {
@@ -270,14 +261,18 @@ static __always_inline void on_packet(struct bpf_sock_ops *ctx)
 		leave(ctx, ep, tp, UP_TCP_FIRST);
 		return;
 	}
-	if (!ep->ticking)
+	if ((READER_SOCK(tp).sk_shutdown & RCV_SHUTDOWN) && would_miscount(ep, tp)) {
+		leave(ctx, ep, tp, UP_READER_STUCK); /* bytes that came with a FIN: see late.h */
+		return;
+	}
+	if (!ep->ticking && !shut)
 		start_ticking(ctx, ep);
 	if (!ep->seen_at || (__s32)(copied - ep->seen_end) >= 0 || has_unread((const struct sock *)tp)) {
 		ep->seen_end = tp->rcv_nxt;
 		ep->seen_at = now;
 		return;
 	}
-	if (now - ep->seen_at >= PATIENCE_NS && settled_here(ep, tp))
+	if (now - ep->seen_at >= (entering(ep) ? LONG_PATIENCE_NS : PATIENCE_NS) && settled_here(ep, tp))
 		leave(ctx, ep, tp, UP_READER_STUCK);
 }
 

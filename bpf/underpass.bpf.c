@@ -5,10 +5,15 @@
  *                                frees readers that got stuck between the paths (stuck.h)
  *   sk_msg        up_steer       each message: shortcut or TCP, and why (steer.h)
  *   sys_enter     up_watch       system calls that tell of a program which has to stay on TCP (watch.h)
+ *   cgroup_skb    up_late        each packet that arrives: an end of file, or its ACK, that has to wait (late.h)
+ *   io_uring      up_uring       requests that tell the same of one that makes no calls (uring.h)
  *   iter/tcp      up_arm         listeners that stood before: answer SYNs with the proof callback
  *   iter/tcp      up_disarm      takes that back
  *   iter/tcp      up_release     after a drain: puts back what we set on sockets, wakes their readers
  *   iter/tcp      up_sockets     lists the TCP sockets of a namespace, for `explain`
+ *   iter/tcp      up_standing    lists the ends of open connections that are in no map (adopt.h)
+ *   sys_enter     up_awake       threads that are seen to begin a call while that is done
+ *   iter/tcp      up_adopt       takes in those that user space has ordered, step by step
  *   iter/sockmap  up_list        lists the endpoints in the map (walk.h)
  *   iter/sockmap  up_drain       takes the endpoints out that hold nothing unread, lists the others
  *
@@ -16,6 +21,9 @@
 #include "steer.h"
 #include "stuck.h"
 #include "walk.h"
+#include "adopt.h"
+#include "uring.h"
+#include "late.h"
 
 SEC("sockops")
 int up_handshake(struct bpf_sock_ops *ctx)
@@ -65,6 +73,20 @@ int up_watch(__u64 *ctx)
 	return 0;
 }
 
+SEC("cgroup_skb/ingress")
+int up_late(struct __sk_buff *skb)
+{
+	return !too_early(skb);
+}
+
+/* Its tracepoint has two names; user space looks for it, and does without where the kernel has no io_uring. */
+SEC("tp_btf")
+int up_uring(__u64 *ctx)
+{
+	watch_ring((const void *)ctx[0]);
+	return 0;
+}
+
 SEC("iter/tcp")
 int up_arm(struct bpf_iter__tcp *ctx)
 {
@@ -103,6 +125,29 @@ int up_release(struct bpf_iter__tcp *ctx)
 	return 0;
 }
 
+SEC("iter/tcp")
+int up_standing(struct bpf_iter__tcp *ctx)
+{
+	standing(ctx);
+	return 0;
+}
+
+SEC("iter/tcp")
+int up_adopt(struct bpf_iter__tcp *ctx)
+{
+	adopt(ctx);
+	return 0;
+}
+
+/* Attached only while a pass waits for threads that never sleep. */
+SEC("tp_btf/sys_enter")
+int up_awake(__u64 *ctx)
+{
+	(void)ctx;
+	note_awake();
+	return 0;
+}
+
 SEC("iter/sockmap")
 int up_list(struct bpf_iter__sockmap *ctx)
 {
@@ -132,6 +177,8 @@ int up_drain(struct bpf_iter__sockmap *ctx)
 		return 0;
 	}
 	bpf_map_delete_elem(&sockets, &key);
+	if (ep)
+		ep->left = 1; /* no packet sets anything on it any more */
 	return 0;
 }
 

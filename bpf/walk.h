@@ -91,19 +91,12 @@ static __always_inline void arm(struct bpf_iter__tcp *ctx, bool on)
 	ep->watched = on;
 }
 
-/* After a drain: whoever is out of the map gets back what we had set on it, and is woken if TCP bytes
- * wait that it may have missed (stuck.h). */
-static __always_inline void release(struct bpf_iter__tcp *ctx)
+/* Whoever is out of the map gets back what we had set on it, and is woken if TCP bytes wait that it may have
+ * missed (stuck.h). */
+static __always_inline void put_back(struct tcp_sock *tp, struct endpoint *ep)
 {
-	struct sock_common *skc = ctx->sk_common;
 	int wide = WIDE_BUFFER, lowat, flags;
-	struct endpoint *ep;
-	struct tcp_sock *tp;
 
-	tp = skc ? bpf_skc_to_tcp_sock(skc) : 0;
-	ep = tp ? bpf_sk_storage_get(&endpoints, (struct sock *)tp, 0, 0) : 0;
-	if (!ep || (!ep->role && !ep->observed) || psock_of((const struct sock *)tp))
-		return;
 	ep->observed = 0;
 	flags = tp->bpf_sock_ops_cb_flags & ~CLOSE_FLAG;
 	if (ep->told_at)
@@ -118,6 +111,26 @@ static __always_inline void release(struct bpf_iter__tcp *ctx)
 	lowat = tp->inet_conn.icsk_inet.sk.sk_rcvlowat;
 	if (tp->rcv_nxt != tp->copied_seq)
 		bpf_setsockopt(tp, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat));
+}
+
+/* After a drain. */
+static __always_inline void release(struct bpf_iter__tcp *ctx)
+{
+	struct sock_common *skc = ctx->sk_common;
+	struct endpoint *ep;
+	struct tcp_sock *tp;
+
+	tp = skc ? bpf_skc_to_tcp_sock(skc) : 0;
+	ep = tp ? bpf_sk_storage_get(&endpoints, (struct sock *)tp, 0, 0) : 0;
+	if (!ep || (!ep->role && !ep->observed))
+		return;
+	if (!psock_of((const struct sock *)tp))
+		return put_back(tp, ep);
+	/* A thread is still inside, or it is another generation's by now: what we announced is over, and so is our timer. */
+	if (ep->told_at)
+		set_flags(tp, tp->bpf_sock_ops_cb_flags & ~LEAVING_FLAG);
+	if (ep->ticking)
+		STOP_TICKING(tp, ep);
 }
 
 static __always_inline void record(struct bpf_iter__sockmap *ctx, struct sock *sk)

@@ -6,6 +6,7 @@ Sizes and offsets are compared with the header's by ``tests/unit``.
 from __future__ import annotations
 
 import ctypes
+import enum
 import ipaddress
 import struct
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 from underpass.model import Reason, Small
 
-ABI = 4
+ABI = 8
 REASONS = len(Reason)
 
 u8, u32, u64 = ctypes.c_uint8, ctypes.c_uint32, ctypes.c_uint64
@@ -26,7 +27,8 @@ class Calls(ctypes.Structure):
         (name, u32)
         for name in (
             "splice", "recvfrom", "recvmsg", "recvmmsg", "sendto", "sendmsg", "sendmmsg",
-            "getsockopt", "accept", "accept4",
+            "getsockopt", "accept", "accept4", "ioctl",
+            "setsockopt", "poll", "ppoll", "epoll_ctl", "pad",
         )
     ]  # fmt: skip
 
@@ -45,9 +47,12 @@ class Knobs(ctypes.Structure):
         ("grants", u32),
         ("rdonly_cast", u32),
         ("fionread_broken", u32),
-        ("pad", u32),
+        ("counts_redirected", u32),
         ("memory_pages", u64),
         ("recv_wake", u64),
+        ("poll_wake", u64),
+        ("epoll_wake", u64),
+        ("recv_code", u64 * 14),
         ("observe_ns", u64),
         ("calls", Calls),
     ]
@@ -76,7 +81,38 @@ class Control(ctypes.Structure):
         ("closed", u32),
         ("adopting", u32),
         ("small", u32 * len(Small._fields)),
+        ("reproof_ns", u64),
+        ("policy", u32),
+        ("pad", u32),
     ]
+
+
+class Policy(ctypes.Structure):
+    """``struct up_policy``."""
+
+    _fields_ = [
+        *((name, u64) for name in ("allow", "any_port", "any_cidr", "unknown_group")),
+        ("default_allow", u32),
+        ("unknown_waits", u32),
+    ]
+
+
+class Group(ctypes.Structure):
+    """``struct up_group``."""
+
+    _fields_ = [("cgroup", u64), ("bank", u32), ("pad", u32)]
+
+
+class Port(ctypes.Structure):
+    """``struct up_port``."""
+
+    _fields_ = [("port", u32), ("bank", u32)]
+
+
+class Network(ctypes.Structure):
+    """``struct up_network``."""
+
+    _fields_ = [("bits", u32), ("bank", u32), ("ip", u8 * 16)]
 
 
 class Counters(ctypes.Structure):
@@ -113,7 +149,7 @@ class Program(ctypes.Structure):
         ("by_arguments", u8),
         ("accepts", u8),
         ("hands_on", u8),
-        ("pad", u8),
+        ("looks", u8),
         ("name", ctypes.c_char * 32),
         ("command", u8 * 128),
     ]
@@ -140,7 +176,13 @@ class Place(ctypes.Structure):
 class Owner(ctypes.Structure):
     """``struct up_owner``."""
 
-    _fields_ = [("program", u64), ("listener", u64), ("cookie", u64), ("accepts", u64)]
+    _fields_ = [
+        ("program", u64),
+        ("listener", u64),
+        ("cookie", u64),
+        ("accepts", u32),
+        ("shared", u32),
+    ]
 
 
 class News(ctypes.Structure):
@@ -174,6 +216,45 @@ class Record(NamedTuple):
     armed: int
 
 
+class Order(ctypes.Structure):
+    """``struct up_order``."""
+
+    _fields_ = [
+        *((name, u64) for name in ("peer", "program", "peer_program", "number", "sock", "state")),
+        *((name, u32) for name in ("descriptors", "threaded", "step", "role")),
+        *((name, u32) for name in ("loopback", "sent_from", "received_from", "answer")),
+    ]
+
+
+class Step(enum.IntEnum):
+    """``enum up_step``."""
+
+    WATCH = 0
+    ENTER = 1
+    CHECK = 2
+    PAIR = 3
+    GIVE_UP = 4
+
+
+class Standing(NamedTuple):
+    """``struct up_standing``, in its order."""
+
+    cookie: int
+    peer: int
+    inode: int
+    left_at: int
+    local_ip: bytes
+    local_port: int
+    remote_ip: bytes
+    remote_port: int
+    sent_from: int
+    received_from: int
+    netns: int
+    reason: int
+    leaves: int
+
+
+STANDING = struct.Struct("=4Q16sI16sI3I2B2x")
 RECORD = struct.Struct("=8Q16sI16sI2I6B2x")
 CLIENT, SERVER = 1, 2
 TCP_LISTEN = 10
@@ -183,6 +264,12 @@ def records(data: bytes) -> Iterator[Record]:
     """The records in what an iterator wrote; a trailing fragment is dropped."""
     whole = len(data) - len(data) % RECORD.size
     return (Record(*fields) for fields in RECORD.iter_unpack(memoryview(data)[:whole]))
+
+
+def standing(data: bytes) -> Iterator[Standing]:
+    """The same of ``up_standing``."""
+    whole = len(data) - len(data) % STANDING.size
+    return (Standing(*fields) for fields in STANDING.iter_unpack(memoryview(data)[:whole]))
 
 
 def address(raw: bytes) -> str:

@@ -84,6 +84,8 @@ def bound(ratios: dict[int, float]) -> int:
 def read(place: Path = PLACE) -> Calibration | None:
     """What is kept at ``place``; None if there is nothing that this kernel can use."""
     try:
+        if not place.is_file():  # a FIFO would have us wait
+            return None
         found = msgspec.json.decode(place.read_bytes(), type=Calibration)
     except (OSError, msgspec.MsgspecError, RecursionError):
         return None

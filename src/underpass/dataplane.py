@@ -14,21 +14,23 @@ import contextlib
 import ctypes
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from underpass import abi, knobs, libbpf, namespaces, pinning, programs, records
+from underpass import abi, enforcement, knobs, libbpf, namespaces, pinning, programs, records
 from underpass.errors import KernelError, NotLoaded, UnderpassError, Usage
 from underpass.generation import (
     BEQUEST,
     IN_FLIGHT_SECONDS,
     INHERITED,
     MAPS,
+    OPTIONAL,
     PROGRAMS,
     Dataplane,
 )
 from underpass.model import Counters, Fault, Rule, Settings
-from underpass.pinning import LINK, MAP_LINK, WATCH_LINK
+from underpass.pinning import LATE_LINK, LINK, MAP_LINK, WATCH_LINKS
+from underpass.policy import Compiled
 
 __all__ = ["DEFAULT_PINS", "Dataplane", "down", "opened", "pause", "up", "upgrade"]
 
@@ -36,14 +38,19 @@ DEFAULT_PINS = namespaces.BPFFS / "underpass"
 OBJECT = Path(__file__).with_name("underpass.bpf.o")
 #: Generations that may hold pairs beside the one in charge: each sees every handshake.
 MOST_RETIRED = 4
+#: Seconds that a command which only steers waits for one that makes or ends generations.
+_STEERING_WAITS = 10.0
+#: The tracepoint of requests to io_uring, as it is called since 6.4, and before.
+_URING = ("io_uring_submit_req", "io_uring_submit_sqe")
 
 
-def up(
+def up(  # noqa: PLR0913, PLR0917 - six things that a caller may want to be otherwise
     pins: Path,
     cgroup: Path,
     settings: Settings = Settings(),
     faults: Fault = Fault(0),
     fionread_broken: bool = True,
+    policy: Compiled | None = None,
 ) -> bool:
     """Make a generation live at ``pins`` for the subtree ``cgroup``; returns when it is.
 
@@ -56,6 +63,7 @@ def up(
         faults: rules to leave out, for tests.
         fionread_broken: FIONREAD misses TCP bytes of sockets in a map (:mod:`.selftest` tells);
             True is the safe mode.
+        policy: in force before the first connection; an upgrade takes it over, `down` ends it.
 
     Returns:
         True if something changed, False if it was live already.
@@ -81,6 +89,9 @@ def up(
         about = knobs.about(cgroup, settings, faults, fionread_broken)
         _load(pinning.scratch(pins), about, settings)
         _apply_rules(pinning.scratch(pins), settings)
+        if policy:
+            with Dataplane.open(pinning.scratch(pins)) as plane:
+                enforcement.set_policy(plane, policy)
         pinning.scratch(pins).rename(pins)
         with contextlib.ExitStack() as undo:
             undo.callback(pinning.remove, pins)
@@ -144,6 +155,7 @@ def upgrade(
                         new.set_paused(True)
                     new.attach()
                     new.take_over_guard(old)  # both watch by now: no sign falls in between
+                    enforcement.take_over(new, old)
                     if settings:
                         _apply_rules(new.pins, settings)
                 # the new one is in charge from here on
@@ -163,8 +175,9 @@ def down(
         on_progress: called with the number of endpoints still in the maps.
 
     Returns:
-        The endpoints (text) that still hold unread bytes. They go on working; the generation
-        stays pinned, in state ``draining``, until ``down`` is run again. Empty: all is gone.
+        The endpoints (text) that still hold unread bytes or are in use. They go on working; the
+        generation stays pinned, in state ``draining``, until ``down`` is run again. Empty: all is
+        gone.
     """
     if not places(pins):
         return []
@@ -201,7 +214,8 @@ def drain(plane: Dataplane, timeout: float, on_progress: Callable[[int], None] |
     plane.release()
     names = {ns.inode: ns.label for ns in namespaces.net_namespaces()} if left else {}
     return [
-        f"{records.endpoint(r, names)} ({names.get(r.netns, '?')}): {r.unread} bytes unread"
+        f"{records.endpoint(r, names)} ({names.get(r.netns, '?')}): "
+        + (f"{r.unread} bytes unread" if r.unread else "a call on it is under way")
         for r in left
     ]
 
@@ -213,14 +227,21 @@ def pause(pins: Path, paused: bool) -> None:
         NotLoaded: nothing is live at ``pins``.
         UnderpassError: it is draining, or an ``up`` or ``down`` is at work.
     """
-    with Dataplane.open(pins) as plane, pinning.locked(pins, 1.0):
-        _recover(pins)
-        if plane.state == "draining":
+    with _steered(pins) as planes:
+        if planes[0].state == "draining":
             act, step = "pause" if paused else "resume", "run `underpass down` to finish"
             raise UnderpassError(act, pins, "it is draining", step)
-        for path in generations(pins):
-            with Dataplane.open(path) as each:
-                each.set_paused(paused)
+        for plane in planes:
+            plane.set_paused(paused)
+
+
+@contextlib.contextmanager
+def _steered(pins: Path) -> Iterator[list[Dataplane]]:
+    """All generations, open, while no other command works on them: none is half-way in or out."""
+    with Dataplane.open(pins), pinning.locked(pins, _STEERING_WAITS):
+        _recover(pins)
+        with opened(pins) as planes:
+            yield planes
 
 
 def generations(pins: Path) -> list[Path]:
@@ -243,7 +264,7 @@ def set_rule(pins: Path, name: str, rule: Rule) -> int:
         Usage: ``name`` is no name of a program.
     """
     _check_name(name)
-    with opened(pins) as planes:
+    with _steered(pins) as planes:
         counts = [plane.set_rule(name, rule) for plane in planes]
         return counts[0]
 
@@ -251,8 +272,34 @@ def set_rule(pins: Path, name: str, rule: Rule) -> int:
 def forget(pins: Path, name: str) -> int:
     """Forget what is known of a program in all generations; see :meth:`Dataplane.forget`."""
     _check_name(name)
-    with opened(pins) as planes:
+    with _steered(pins) as planes:
         return sum(plane.forget(name) for plane in planes)
+
+
+def set_policy(pins: Path, compiled: Compiled | None) -> None:
+    """Put a policy in force in all generations; see :func:`underpass.enforcement.set_policy`.
+
+    Raises:
+        NotLoaded: nothing is live at ``pins``.
+        KernelError: a table is full.
+    """
+    with _steered(pins) as planes:
+        for plane in planes:
+            enforcement.set_policy(plane, compiled)
+
+
+def set_groups(pins: Path, groups: Mapping[int, int]) -> None:
+    """Replace the groups of the policy; see :func:`underpass.enforcement.set_groups`."""
+    with _steered(pins) as planes:
+        for plane in planes:
+            enforcement.set_groups(plane, groups)
+
+
+def set_reproof(pins: Path, seconds: float) -> None:
+    """How often a message of each direction takes the network path, in all generations."""
+    with _steered(pins) as planes:
+        for plane in planes:
+            plane.set_reproof(seconds)
 
 
 def _check_name(name: str) -> None:
@@ -287,8 +334,11 @@ def places(pins: Path) -> list[Path]:
     return [path for path in every if path.exists()]
 
 
-def try_load(program: str) -> None:
+def try_load(program: str) -> bool:
     """Load one program by itself, and let it go again: what `doctor` probes with.
+
+    Returns:
+        False if the kernel has nothing that it could be attached to; it does without.
 
     Raises:
         UnderpassError: the kernel refuses it; the cause is the verifier's.
@@ -297,7 +347,9 @@ def try_load(program: str) -> None:
     with libbpf.Object(OBJECT) as loaded:
         loaded.set_constants(".rodata.knobs", about.knobs)
         loaded.select({program}, PROGRAMS)
+        uring = loaded.aim("up_uring", _URING)
         loaded.load()
+        return uring or program not in OPTIONAL
 
 
 def own_programs(pins: Path) -> set[int]:
@@ -324,6 +376,7 @@ def _load(scratch: Path, about: abi.About, settings: Settings, *, closed: bool =
         loaded.set_entries("sockets", 2 * about.capacity)
         loaded.set_entries("grants", about.knobs.grants)
         loaded.set_constants(".rodata.knobs", about.knobs)
+        left_out = set() if loaded.aim("up_uring", _URING) else OPTIONAL
         loaded.load()
         zero = ctypes.c_uint32(0)
         libbpf.update(loaded.map("about"), zero, about)
@@ -335,7 +388,7 @@ def _load(scratch: Path, about: abi.About, settings: Settings, *, closed: bool =
         undo.callback(pinning.remove, scratch)
         for name in MAPS:
             libbpf.pin(loaded.map(name), scratch / name)
-        for name in PROGRAMS:
+        for name in (name for name in PROGRAMS if name not in left_out):
             libbpf.pin(loaded.program(name), scratch / name)
         link = libbpf.attach_map(loaded.program("up_steer"), loaded.map("sockets"))
         if link:
@@ -494,6 +547,7 @@ def _remove_unused(pins: Path) -> None:
 
 def _refuse_foreign(pins: Path) -> None:
     names = {entry.name for entry in pins.iterdir()}
-    if foreign := sorted(names.difference(MAPS, PROGRAMS, (LINK, MAP_LINK, WATCH_LINK, BEQUEST))):
+    links = (LINK, MAP_LINK, LATE_LINK, *WATCH_LINKS.values())
+    if foreign := sorted(names.difference(MAPS, PROGRAMS, links, [BEQUEST])):
         cause, step = f"{foreign[0]} in it is not of underpass", f"move {pins / foreign[0]} away"
         raise UnderpassError("clear", pins, cause, step)

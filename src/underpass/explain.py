@@ -6,17 +6,21 @@ import ipaddress
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from underpass import policy
 from underpass.errors import Usage
 from underpass.model import REFUSALS, Pair, Program, Reason, Socket
+from underpass.pod import Pod
+from underpass.policy import Policy
 
 #: Reasons that only say that the other end has one.
 _SECOND_HAND = (Reason.PEER_GONE, Reason.PEER_REFUSED)
 #: Reasons that one of the two programs has given, and verdicts that give none.
 _OF_PROGRAMS = (Reason.OBSERVED.word, Reason.GUARDED.word, Reason.MARKED.word)
 _WELCOME = ("admitted", "allowed")
-_AGAIN = "reconnect to try again"
+_POLICY_STEP = "see `underpass policy show`"
+_AGAIN = "run `underpass adopt`, or reconnect"
 _OUTSIDE_STEP = "run `underpass down`, then `underpass up --cgroup PATH` for one that holds it"
 
 _Cause = tuple[str, str, str]  # reason, sentence, next step
@@ -89,12 +93,16 @@ class View:
         pairs: open pairs.
         sockets: every TCP socket of the node's network namespaces.
         programs: what the guard knows, by their keys.
+        rules: the policy in force, if it is known.
+        pods: by the network namespaces that they have to themselves, as endpoints name them.
     """
 
     state: str
     pairs: list[Pair]
     sockets: list[Socket]
     programs: Mapping[int, Program]
+    rules: Policy | None = None
+    pods: Mapping[str, Pod] = field(default_factory=dict)
 
 
 def merged(listings: list[list[Socket]]) -> list[Socket]:
@@ -150,6 +158,12 @@ class _Ends:
         facing = self._facing[sock.endpoint.address, sock.endpoint.port]
         return [s for s in facing if s.endpoint.port != sock.endpoint.port]
 
+    def is_at(self, sock: Socket, place: Target) -> bool:
+        """Is its other end, behind a service's address, surely there?"""
+        others = self.of(sock)
+        at = others[0].endpoint if len(others) == 1 else None
+        return at is not None and place.matches(at.address, at.port)
+
 
 def explain(client: Target, server: Target, view: View) -> list[Finding]:
     """Findings for every open connection from ``client`` to ``server``; else the outlook.
@@ -160,27 +174,46 @@ def explain(client: Target, server: Target, view: View) -> list[Finding]:
         view: what the kernel and the guard tell.
     """
     accepting = {(s.endpoint.netns, s.endpoint.port) for s in view.sockets if s.listening}
+    ends = _Ends(view.sockets)
     ours = [
         s
         for s in view.sockets
         if not s.listening
         and (s.endpoint.netns, s.endpoint.port) not in accepting
         and client.matches(s.endpoint.address, s.endpoint.port)
-        and server.matches(s.remote_address, s.remote_port)
+        and (server.matches(s.remote_address, s.remote_port) or ends.is_at(s, server))
     ]
-    ends = _Ends(view.sockets)
-    known = {(p.client.netns, p.client.address, p.client.port): p for p in view.pairs}
+    pairs = defaultdict(list)
+    for open_pair in view.pairs:
+        pairs[open_pair.client].append(open_pair)
     findings = []
     for sock in ours:
-        subject = f"{sock.endpoint} -> {Target(sock.remote_address, sock.remote_port)}"
-        pair = known.get((sock.endpoint.netns, sock.endpoint.address, sock.endpoint.port))
         others = ends.of(sock)
+        subject = _subject(sock, others)
+        pair = _pair_of(pairs[sock.endpoint], others)
         if pair and sock.in_map:
             found = _of_pair(subject, pair)
         else:
             found = [_unpaired(subject, sock, view.state, others)]
-        findings += [_with_programs(f, sock, others, view.programs) for f in found]
+        found = [_with_programs(f, sock, others, view.programs) for f in found]
+        findings += [_with_rule(f, sock, others, view) for f in found]
     return findings or [_outlook(client, server, view.state, view.sockets)]
+
+
+def _subject(sock: Socket, others: list[Socket]) -> str:
+    """A connection, with the pods at its ends."""
+    near = sock.endpoint.pod
+    far = others[0].endpoint.pod if len(others) == 1 else None
+    client = f"{sock.endpoint} ({near})" if near else str(sock.endpoint)
+    server = str(Target(sock.remote_address, sock.remote_port))
+    return f"{client} -> {server} ({far})" if far else f"{client} -> {server}"
+
+
+def _pair_of(from_here: list[Pair], others: list[Socket]) -> Pair | None:
+    """Of the pairs from one address and port, which may go to many, that with this other end."""
+    found = [pair for pair in from_here if any(pair.server == s.endpoint for s in others)]
+    found = found or from_here
+    return found[0] if found else None
 
 
 def _of_pair(subject: str, pair: Pair) -> list[Finding]:
@@ -204,7 +237,9 @@ def _step(reason: Reason) -> str:
         Reason.PAUSED: "run `underpass resume`",
         Reason.DRAINING: "run `underpass down` to finish, or `underpass up` to go on",
         Reason.NODE_MEMORY: "see net.ipv4.tcp_mem",
+        Reason.CGROUP_MEMORY: "raise the memory limit of the reader's cgroup",
         Reason.NODE_BUDGET: "raise node_budget_bytes",
+        Reason.POLICY: _POLICY_STEP,
     }
     return steps.get(reason, "nothing to do")
 
@@ -241,7 +276,11 @@ def _refused(sock: Socket, others: list[Socket]) -> _Cause | None:
 
 
 def _again(reason: Reason) -> str:
-    return "nothing to do" if reason is Reason.SMALL_STREAM else _AGAIN
+    if reason is Reason.SMALL_STREAM:
+        return "nothing to do; `underpass adopt` takes it back if it streams no more"
+    if reason is Reason.POLICY:
+        return f"{_POLICY_STEP}; once it is allowed, {_AGAIN}"
+    return _AGAIN
 
 
 def _refusal(sock: Socket) -> Reason | None:
@@ -280,7 +319,8 @@ def _never_in(sock: Socket, others: list[Socket]) -> _Cause:
         "Both ends are here, but the connection was opened before underpass was up, "
         "or by a generation that has been replaced."
     )
-    return "opened-before-up", sentence, "reconnect: restart the client or its pool"
+    step = "run `underpass adopt`, which says why if it cannot; or restart the client or its pool"
+    return "opened-before-up", sentence, step
 
 
 def _with_programs(
@@ -299,12 +339,33 @@ def _with_programs(
     step = _AGAIN
     for _, program in guilty:
         if program.verdict == "watched":
-            step = "reconnect once `underpass guard list` says admitted"
+            step = "run `underpass adopt`, or reconnect, once `underpass guard list` says admitted"
             continue
         step = f"see `underpass guard list`; `underpass guard allow {program.id}` overrules it"
         break
     found = tuple(program for _, program in guilty)
     return replace(finding, sentence=f"{finding.sentence} {named}.", next_step=step, programs=found)
+
+
+def _with_rule(finding: Finding, sock: Socket, others: list[Socket], view: View) -> Finding:
+    """Names the pod that the policy keeps on TCP, and by which rule."""
+    if finding.reason != Reason.POLICY.word or view.rules is None:
+        return finding
+    ends = [("client", sock, sock.remote_port)]
+    ends += [("server", other, other.endpoint.port) for other in others[:1]]
+    for name, end, port in ends:
+        pod = view.pods.get(end.endpoint.netns)
+        if pod is None:
+            continue
+        at = policy.End((), end.endpoint.address, end.remote_address, port)
+        rule = policy.first_match(view.rules, pod, pod.cgroup, at)
+        if not (rule.allow if rule else view.rules.default_allow):
+            why = policy.describe(rule) if rule else f"mode {view.rules.mode.value}"
+            if rule and rule.mark:
+                why = pod.mark_in_words(view.rules.namespace_marks)
+            sentence = f"{finding.sentence} The {name}'s pod {pod} is denied by: {why}."
+            return replace(finding, sentence=sentence)
+    return finding
 
 
 def _name(end: str, program: Program) -> str:

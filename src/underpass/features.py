@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,9 @@ from pathlib import Path
 from underpass import calibration, dataplane, generation, libbpf, namespaces, selftest
 from underpass.errors import UnderpassError, Unsupported
 from underpass.model import Small
+
+#: Of what may be many, so many are named.
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,13 @@ def checks(pins: Path) -> Iterator[Check]:
     """Run every check, in order; stops before those that cannot work without the earlier ones."""
     node = list(_node(pins))
     yield from node
-    if any(check.status == "failed" for check in node):
+    # Programs load without it; what namespaces are entered for does not work.
+    lacking = f"missing {namespaces.ENTERS}"
+    if any(check.status == "failed" and check.detail != lacking for check in node):
         return
     programs = list(_programs())
     yield from programs
-    yield from _neighbours(pins)
+    yield from neighbours(pins, namespaces.find_cgroup2())
     yield _calibrated()
     if any(check.status == "failed" for check in programs):
         return
@@ -93,7 +99,7 @@ def _node(pins: Path) -> Iterator[Check]:
         else Check("node", "capabilities", "ok", ", ".join(namespaces.CAPABILITIES))
     )
     yield _tried("node", "cgroup v2", lambda: str(namespaces.find_cgroup2()))
-    if not missing:
+    if missing in ([], [namespaces.ENTERS]):
         yield _tried("node", "bpffs", lambda: _bpffs(pins))
     yield _tried("node", "libbpf", lambda: f"libbpf.so.1, {libbpf.version()}")
 
@@ -115,29 +121,37 @@ def _programs() -> Iterator[Check]:
     """Load each program by itself: the only probe that counts."""
     for name in generation.PROGRAMS:
         try:
-            dataplane.try_load(name)
+            here = dataplane.try_load(name)
         except UnderpassError as error:
             step = "use a newer kernel; send us this line"
             yield Check("programs", name, "failed", error.cause, step, True)
         else:
-            yield Check("programs", name, "ok", "loads")
+            detail = "loads" if here else "not needed: this kernel has no io_uring"
+            yield Check("programs", name, "ok", detail)
 
 
-def _neighbours(pins: Path) -> Iterator[Check]:
-    """Who else steers sockets here: sock_ops programs on the cgroup root and ours."""
-    root = namespaces.find_cgroup2()
+def neighbours(pins: Path, root: Path) -> Iterator[Check]:
+    """Who else steers sockets: sock_ops programs on a cgroup or below it that are not ours."""
     own = dataplane.own_programs(pins)
     others = [
-        f"{libbpf.program_name(number)} (id {number})"
-        for number in dataplane.attached(root)
+        f"{libbpf.program_label(number)} on {cgroup}"
+        for cgroup, number in _attached_below(root)
         if number not in own
     ]
     if others:
-        detail = f"{', '.join(others)} on {root}"
+        more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
+        detail = ", ".join(others[:_SHOWN]) + more
         step = "sockets that it holds in a sockmap stay on TCP (socket-busy)"
         yield Check("neighbours", "other sock_ops programs", "warning", detail, step)
     else:
-        yield Check("neighbours", "other sock_ops programs", "ok", f"none on {root}")
+        yield Check("neighbours", "other sock_ops programs", "ok", f"none below {root}")
+
+
+def _attached_below(root: Path) -> Iterator[tuple[Path, int]]:
+    """The sock_ops programs attached to any cgroup, by where and id."""
+    for directory, _, _ in os.walk(root):
+        with contextlib.suppress(OSError, UnderpassError):  # it has gone meanwhile
+            yield from ((Path(directory), number) for number in dataplane.attached(Path(directory)))
 
 
 def _behaviours() -> Iterator[Check]:

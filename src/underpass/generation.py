@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from underpass import abi, knobs, libbpf, namespaces, programs, records
+from underpass import abi, holders, knobs, libbpf, namespaces, programs, records
 from underpass.errors import KernelError, NotLoaded, UnderpassError
 from underpass.model import (
     Counters,
@@ -28,7 +28,7 @@ from underpass.model import (
     Small,
     Socket,
 )
-from underpass.pinning import LINK, WATCH_LINK
+from underpass.pinning import LATE_LINK, LINK, WATCH_LINKS
 
 #: Redirects that were decided before the stop flag was seen are over after this many seconds.
 IN_FLIGHT_SECONDS = 1.5
@@ -51,6 +51,12 @@ MAPS = (
     "owners",
     "marked",
     "news",
+    "orders",
+    "awake",
+    "policies",
+    "groups",
+    "ports",
+    "networks",
 )
 PROGRAMS = (
     "up_handshake",
@@ -62,8 +68,20 @@ PROGRAMS = (
     "up_release",
     "up_list",
     "up_drain",
+    "up_standing",
+    "up_adopt",
+    "up_awake",
+    "up_uring",
+    "up_late",
 )
-_HASH, _ARRAY, _PERCPU_ARRAY, _LRU_HASH = 1, 2, 6, 9  # enum bpf_map_type
+#: Program, hook and pin of what is attached to the subtree; the last makes the generation live.
+_CGROUP_LINKS = (
+    ("up_late", libbpf.BPF_CGROUP_INET_INGRESS, LATE_LINK),
+    ("up_handshake", libbpf.BPF_CGROUP_SOCK_OPS, LINK),
+)
+#: Programs that are not there where the kernel has nothing to attach them to.
+OPTIONAL = frozenset({"up_uring"})
+_HASH, _ARRAY, _PERCPU_ARRAY, _LRU_HASH, _LPM_TRIE = 1, 2, 6, 9, 11  # enum bpf_map_type
 #: Type, key and value size of the maps that are read into memory of ours.
 _SIZES = {
     "about": (_ARRAY, 4, ctypes.sizeof(abi.About)),
@@ -74,8 +92,13 @@ _SIZES = {
     "programs": (_LRU_HASH, 8, ctypes.sizeof(abi.Program)),
     "rules": (_HASH, ctypes.sizeof(abi.RuleKey), 4),
     "owners": (_LRU_HASH, ctypes.sizeof(abi.Place), ctypes.sizeof(abi.Owner)),
+    "orders": (_HASH, 8, ctypes.sizeof(abi.Order)),
+    "policies": (_ARRAY, 4, ctypes.sizeof(abi.Policy)),
+    "groups": (_HASH, ctypes.sizeof(abi.Group), 8),
+    "ports": (_HASH, ctypes.sizeof(abi.Port), 8),
+    "networks": (_LPM_TRIE, ctypes.sizeof(abi.Network), 8),
 }
-_HANDOFF_KEYS = {"handshakes": 8, "syns": 4}
+_HANDOFF_KEYS = {"handshakes": 8, "syns": 4, "orders": 8}
 _ZERO = ctypes.c_uint32(0)
 _SHARED = 2
 _GUARD_MAPS: tuple[tuple[str, type[Any], type[Any]], ...] = (
@@ -117,7 +140,8 @@ class Dataplane:
         if plane.about.abi != abi.ABI:
             cause = f"its ABI is {plane.about.abi}, this is {abi.ABI}"
             raise UnderpassError("use", pins, cause, step)
-        if missing := [name for name in (*MAPS, *PROGRAMS) if not (pins / name).exists()]:
+        gone = [name for name in (*MAPS, *PROGRAMS) if not (pins / name).exists()]
+        if missing := [n for n in gone if n not in OPTIONAL or (pins / WATCH_LINKS[n]).exists()]:
             raise UnderpassError("use", pins, f"its pin {missing[0]} is missing", step)
         for name, wanted in _SIZES.items():
             if libbpf.map_sizes(plane.fd(name)) != wanted:
@@ -191,6 +215,11 @@ class Dataplane:
             return "draining"
         return "paused" if stop else "active"
 
+    @property
+    def loaded(self) -> list[str]:
+        """Names of its programs."""
+        return [name for name in PROGRAMS if (self.pins / name).exists()]
+
     def program_id(self) -> int:
         """Id of its sock_ops program."""
         return libbpf.program_id(self.fd("up_handshake"))
@@ -254,7 +283,7 @@ class Dataplane:
         return found
 
     def leftovers(self) -> dict[str, int]:
-        """Entries in the handoff maps; all 0 once every handshake is over."""
+        """Entries in the handoff maps; all 0 once every handshake and adoption is over."""
         return {name: len(libbpf.keys(self.fd(name), n)) for name, n in _HANDOFF_KEYS.items()}
 
     # -- steering --------------------------------------------------------------------------
@@ -291,35 +320,53 @@ class Dataplane:
         """Which streams of small messages leave the shortcut from now on."""
         self._steer(small=(abi.u32 * len(small))(*small))
 
+    def set_reproof(self, seconds: float) -> None:
+        """How often a message of each direction takes the network path from now on; 0 = never."""
+        self._steer(reproof_ns=round(seconds * 1e9))
+
+    @property
+    def policy(self) -> int:
+        """0 = it has none, else one more than the bank of tables that is in force."""
+        return int(self._control().policy)
+
+    def choose_policy(self, number: int) -> None:
+        """Put a bank of tables in force (see :attr:`policy`): for open connections, too."""
+        self._steer(policy=number)
+        self.tell()
+
     def set_forced(self, share: float) -> None:
         """For tests: force about this share (0 to 1) of all messages onto TCP, at random."""
         self._steer(forced=round(share * 65536))
 
     def attach(self) -> None:
-        """Attach sock_ops to the subtree and pin the link: the generation is live.
+        """Attach the programs to the subtree and pin their links: the generation is live.
 
         Raises:
             KernelError: the kernel refuses, as when another program holds the cgroup alone.
         """
-        if not (self.pins / WATCH_LINK).exists():
-            with libbpf.attach_tracepoint(self.fd("up_watch")) as link:
-                libbpf.pin(link.number, self.pins / WATCH_LINK)
+        for program, pin in WATCH_LINKS.items():
+            if program in self.loaded and not (self.pins / pin).exists():
+                with libbpf.attach_tracepoint(self.fd(program)) as link:
+                    libbpf.pin(link.number, self.pins / pin)
         fd = os.open(self.cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         with libbpf.Fd(fd) as cgroup:
-            try:
-                link = libbpf.attach_cgroup(self.fd("up_handshake"), cgroup.number)
-            except KernelError as error:
-                raise _attach_error(error, self.cgroup, cgroup.number) from None
-        with link:
-            libbpf.pin(link.number, self.pins / LINK)
+            for program, hook, pin in _CGROUP_LINKS:
+                if (self.pins / pin).exists():
+                    continue
+                try:
+                    link = libbpf.attach_cgroup(self.fd(program), cgroup.number, hook)
+                except KernelError as error:
+                    raise _attach_error(error, self.cgroup, cgroup.number) from None
+                with link:
+                    libbpf.pin(link.number, self.pins / pin)
 
     def detach(self) -> None:
-        """Detach sock_ops and the watcher; nothing if they are not attached."""
-        for name in (LINK, WATCH_LINK):
+        """Detach what is attached to the subtree, and the watchers; nothing if nothing is."""
+        for name in (LINK, LATE_LINK, *WATCH_LINKS.values()):
             path = self.pins / name
             if path.exists():
                 with libbpf.get(path) as fd:
-                    if name == LINK:
+                    if name not in WATCH_LINKS.values():
                         libbpf.detach(fd.number)
                 path.unlink()
 
@@ -361,15 +408,20 @@ class Dataplane:
             for inode, place in places.items()
             if libbpf.lookup(fd, place, owner) and not owner.program
         }
-        processes = programs.of_sockets(set(strange)) if strange else {}
+        holding = holders.of_sockets(set(strange), holders.processes() if strange else ())
         for inode, place in strange.items():
-            found = programs.identify(processes[inode]) if inode in processes else None
+            pids = holding[inode].pids if inode in holding else ()
+            found = programs.identify(min(pids)) if pids else None
             # nobody to be seen, as from inside a container: then the listener is watched by itself
             key, program = found or programs.listener(bytes(place.at.ip), place.at.port, inode)
-            self._meet(key, program)
-            if libbpf.lookup(fd, place, owner) and not owner.program:
+            self.meet(key, program)
+            if not libbpf.lookup(fd, place, owner) or owner.program == key:
+                continue
+            if owner.program:  # two programs have listeners of their own at one place
+                owner.shared = 1
+            else:
                 owner.program = key
-                libbpf.update(fd, place, owner)
+            libbpf.update(fd, place, owner)
 
     def drain_step(self) -> list[abi.Record]:
         """Take every endpoint out of the map that holds nothing unread; those that are left."""
@@ -385,7 +437,8 @@ class Dataplane:
 
     # -- the guard -------------------------------------------------------------------------
 
-    def _meet(self, key: int, program: abi.Program) -> None:
+    def meet(self, key: int, program: abi.Program) -> None:
+        """Enter a program into the guard's list, unless it is there."""
         program.first_seen = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
         rules = self.rules()
         program.rule = rules.get((key, b"")) or rules.get((0, program.name), 0)
@@ -433,7 +486,7 @@ class Dataplane:
         for key, program in known:
             program.rule = rule
             libbpf.update(self.fd("programs"), key, program)
-        self._tell()
+        self.tell()
         return len(known)
 
     def forget(self, name: str) -> int:
@@ -449,7 +502,8 @@ class Dataplane:
             libbpf.update(self.fd("programs"), key, program)
         return len(known) + ruled
 
-    def _tell(self) -> None:
+    def tell(self) -> None:
+        """Let every endpoint look again whether it may take the shortcut, with its next message."""
         news = abi.News()
         libbpf.lookup(self.fd("news"), _ZERO, news)
         news.epoch += 1 << 32  # far from what the programs add meanwhile
@@ -468,7 +522,7 @@ def _attach_error(error: KernelError, cgroup: Path, fd: int) -> KernelError:
         return error
     others = []
     with contextlib.suppress(KernelError):
-        others = [f"{libbpf.program_name(n)} (id {n})" for n in libbpf.attached(fd)]
+        others = [libbpf.program_label(n) for n in libbpf.attached(fd)]
     detail = f"held by sock_ops program {', '.join(others)}" if others else ""
     step = "detach it, or attach it with BPF_F_ALLOW_MULTI"
     return KernelError("attach sock_ops to", cgroup, error.errno, step, detail)

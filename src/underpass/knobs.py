@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
+from bisect import bisect
 from pathlib import Path
 
 from underpass import __version__, abi, namespaces
@@ -12,8 +14,8 @@ from underpass.model import Fault, Settings, Small
 
 #: Numbers of the system calls that tell of a program, by machine: the fields of `abi.Calls`.
 _CALLS = {
-    "x86_64": (275, 45, 47, 299, 44, 46, 307, 55, 43, 288),
-    "aarch64": (76, 207, 212, 243, 206, 211, 269, 209, 202, 242),
+    "x86_64": (275, 45, 47, 299, 44, 46, 307, 55, 43, 288, 16, 54, 7, 271, 233, 0),
+    "aarch64": (76, 207, 212, 243, 206, 211, 269, 209, 202, 242, 29, 208, 0xFFFFFFFF, 73, 21, 0),
 }
 
 
@@ -50,8 +52,12 @@ def about(
         grants=grants,
         rdonly_cast=_has_symbol("bpf_rdonly_cast"),
         fionread_broken=fionread_broken,
+        counts_redirected=_has_symbol("tcp_bpf_ioctl"),
         memory_pages=_memory_limit(),
         recv_wake=_symbol("woken_wake_function"),
+        poll_wake=_symbol("pollwake"),
+        epoll_wake=_symbol("ep_poll_callback"),
+        recv_code=(abi.u64 * (2 * len(_RECV)))(*(edge for name in _RECV for edge in _code(name))),
         observe_ns=0 if settings.admit_unknown else round(settings.observe_seconds * 1e9),
         calls=abi.Calls(*_CALLS[machine]),
     )
@@ -77,12 +83,17 @@ def settings_of(about: abi.About, control: abi.Control) -> Settings:
         observe_seconds=seconds or Settings.observe_seconds,
         admit_unknown=seconds == 0,
         small=Small(*control.small),
+        reproof_seconds=control.reproof_ns / 1e9,
     )
 
 
 def control(settings: Settings, *, closed: bool) -> abi.Control:
     """How a generation begins to steer."""
-    return abi.Control(closed=closed, small=(abi.u32 * len(Small._fields))(*settings.small))
+    return abi.Control(
+        closed=closed,
+        small=(abi.u32 * len(Small._fields))(*settings.small),
+        reproof_ns=round(settings.reproof_seconds * 1e9),
+    )
 
 
 def _memory_limit() -> int:
@@ -90,14 +101,35 @@ def _memory_limit() -> int:
     return int(Path("/proc/sys/net/ipv4/tcp_mem").read_text().split()[1])
 
 
-def _symbols() -> dict[str, int]:
-    wanted = {"woken_wake_function", "bpf_rdonly_cast"}
+#: Functions that a sleeping reader returns to: three of native TCP, then those around ours.
+_RECV = (
+    *("tcp_recvmsg_locked", "tcp_recvmsg", "tcp_splice_read"),
+    *("tcp_bpf_recvmsg_parser", "tcp_bpf_recvmsg", "inet_recvmsg", "inet6_recvmsg"),
+)
+
+
+@functools.cache
+def _symbols() -> dict[str, tuple[int, int]]:
+    """Where some symbols begin, and the next one after each."""
+    wanted = {
+        *("woken_wake_function", "pollwake", "ep_poll_callback"),
+        *("bpf_rdonly_cast", "tcp_bpf_ioctl"),
+        *_RECV,
+    }
     with Path("/proc/kallsyms").open() as lines:
-        return {f[2]: int(f[0], 16) for f in map(str.split, lines) if f[2] in wanted}
+        every = [(int(f[0], 16), f[2]) for f in map(str.split, lines) if len(f) == 3]  # no modules
+    at = sorted({address for address, _ in every})
+    found = {name: address for address, name in every if name in wanted}
+    return {name: (n, at[min(bisect(at, n), len(at) - 1)]) for name, n in found.items()}
+
+
+def _code(name: str) -> tuple[int, int]:
+    """Where a function's code begins and ends; (0, 0) if the kernel does not say."""
+    return _symbols().get(name, (0, 0))
 
 
 def _symbol(name: str) -> int:
-    return _symbols().get(name, 0)
+    return _code(name)[0]
 
 
 def _has_symbol(name: str) -> bool:

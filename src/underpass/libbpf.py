@@ -5,24 +5,28 @@ Descriptors are wrapped in :class:`Fd`, which closes them. Errors are :class:`Ke
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import functools
 import os
+import signal
 import struct
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, TypeVar, Union, cast
 
 from underpass.errors import KernelError, Unsupported
 
-BPF_CGROUP_SOCK_OPS = 3
+BPF_CGROUP_INET_INGRESS, BPF_CGROUP_SOCK_OPS = 0, 3
 BPF_MAP_TYPE_ARRAY = 2
 BPF_SK_MSG_VERDICT = 7
 BPF_TRACE_ITER = 28
 _LOG_LINES = 12
+_RAISING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
 _MOST_KEYS = 1 << 20  # a map that changes under the walk may show keys again
 
 _Value = Union[ctypes.Structure, "ctypes._SimpleCData[int]"]  # noqa: SLF001 (its public name)
@@ -101,6 +105,34 @@ class _Log:
         return told[-2] if len(told) > 1 else "".join(told)
 
 
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Signals take effect after a call that may log: what a handler raises in there is dropped."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    over = False
+    handlers = {n: do for n in _RAISING if callable(do := signal.getsignal(n))}
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        if over:
+            handlers[signal.Signals(number)](number, frame)
+        else:
+            came.append(number)
+
+    for number in handlers:
+        signal.signal(number, hold)
+    try:
+        yield
+    finally:
+        over = True
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for late in came:
+            handlers[signal.Signals(late)](late, None)
+
+
 @functools.cache
 def _library() -> tuple[Any, _Log]:
     try:
@@ -122,6 +154,11 @@ def _library() -> tuple[Any, _Log]:
         ("bpf_map__fd", ctypes.c_int, [pointer]),
         ("bpf_program__fd", ctypes.c_int, [pointer]),
         ("bpf_program__set_autoload", ctypes.c_int, [pointer, ctypes.c_bool]),
+        (
+            "bpf_program__set_attach_target",
+            ctypes.c_int,
+            [pointer, ctypes.c_int, ctypes.c_char_p],
+        ),
         ("bpf_map__set_max_entries", ctypes.c_int, [pointer, ctypes.c_uint32]),
         ("bpf_map__set_initial_value", ctypes.c_int, [pointer, pointer, ctypes.c_size_t]),
         ("libbpf_set_print", pointer, [_PRINT]),
@@ -186,7 +223,8 @@ class Object:
         lib, log = _library()
         log.lines.clear()
         self._lib, self._log, self.path = lib, log, path
-        self._object = lib.bpf_object__open_file(os.fsencode(path), None)
+        with _signals_wait():
+            self._object = lib.bpf_object__open_file(os.fsencode(path), None)
         if not self._object:
             code = ctypes.get_errno() or errno.ENOENT
             raise KernelError("open", path, code, "reinstall underpass", log.tail())
@@ -225,9 +263,24 @@ class Object:
         for name in known:
             self._lib.bpf_program__set_autoload(self._find("program", name), name in wanted)
 
+    def aim(self, name: str, tracepoints: Iterable[str]) -> bool:
+        """Choose the first of these that the kernel has for a ``tp_btf`` program before load.
+
+        Returns:
+            False if it has none: the program is left out.
+        """
+        program, aim = self._find("program", name), self._lib.bpf_program__set_attach_target
+        with _signals_wait():
+            found = any(aim(program, 0, point.encode()) == 0 for point in tracepoints)
+        if not found:
+            self._lib.bpf_program__set_autoload(program, False)
+        self._log.lines.clear()  # of what was not found
+        return found
+
     def load(self) -> None:
         """Create the maps and load the programs."""
-        result = self._lib.bpf_object__load(self._object)
+        with _signals_wait():
+            result = self._lib.bpf_object__load(self._object)
         _check(result, "load", self.path.name, "run `underpass doctor`", self._log.tail())
 
     def program(self, name: str) -> int:
@@ -340,11 +393,11 @@ def possible_cpus() -> int:
     return int(lib.libbpf_num_possible_cpus())
 
 
-def attach_cgroup(program: int, cgroup: int) -> Fd:
-    """Attach sock_ops to a cgroup (``bpf_link``, multi); lives as long as the link."""
+def attach_cgroup(program: int, cgroup: int, hook: int) -> Fd:
+    """Attach to a cgroup (``bpf_link``, multi) at a hook of its; lives as long as the link."""
     lib, _ = _library()
-    result = lib.bpf_link_create(program, cgroup, BPF_CGROUP_SOCK_OPS, None)
-    return Fd(_check(result, "attach sock_ops to", "the cgroup", "run `underpass doctor`"))
+    result = lib.bpf_link_create(program, cgroup, hook, None)
+    return Fd(_check(result, "attach to", "the cgroup", "run `underpass doctor`"))
 
 
 def attach_map(program: int, sockets: int) -> Fd | None:
@@ -362,7 +415,7 @@ def attach_tracepoint(program: int) -> Fd:
     """Attach a ``tp_btf`` program to its tracepoint (``bpf_link``); lives as long as the link."""
     lib, _ = _library()
     result = lib.bpf_raw_tracepoint_open(None, program)
-    return Fd(_check(result, "watch", "system calls", "run `underpass doctor`"))
+    return Fd(_check(result, "watch", "programs", "run `underpass doctor`"))
 
 
 def detach(link: int) -> None:
@@ -423,9 +476,22 @@ def program_id(fd: int) -> int:
     return int.from_bytes(_program_info(fd)[4:8], sys.byteorder)
 
 
-def program_name(number: int) -> str:
-    """Name of a loaded program (15 characters at most)."""
+def program_label(number: int) -> str:
+    """What to call a loaded program by: its name (15 characters at most) and id.
+
+    The id alone where the program has gone, or CAP_SYS_ADMIN is missing, without which
+    BPF_PROG_GET_FD_BY_ID opens none.
+    """
     lib, _ = _library()
     result = lib.bpf_prog_get_fd_by_id(number)
-    with Fd(_check(result, "open program", number, "run `underpass doctor`")) as fd:
-        return _program_info(fd.number)[64:80].split(b"\0")[0].decode()
+    if result < 0:
+        return f"id {number}"
+    with Fd(result) as fd:
+        name = _program_info(fd.number)[64:80].split(b"\0")[0].decode()
+    return f"{name} (id {number})"
+
+
+def program_runs(fd: int) -> tuple[int, int]:
+    """Nanoseconds that a program has run, and how often, while ``kernel.bpf_stats_enabled``."""
+    nanoseconds, count = struct.unpack_from("=2Q", _program_info(fd), 192)
+    return nanoseconds, count

@@ -49,7 +49,7 @@ class Reason(enum.IntEnum):
     NO_STATE = 19, "no-state", "the endpoint's own state could not be read"
     NOT_LOCAL = 20, "not-local", "no listener of this node answered the client"
     REMOTE_CLIENT = 21, "remote-client", "the client is not on this node"
-    AMBIGUOUS = 22, "ambiguous", "two handshakes at the same moment look alike"
+    AMBIGUOUS = 22, "ambiguous", "two handshakes look alike, or NAT rewrites the stream on its way"
     ADDRESS_MISMATCH = 23, "address-mismatch", "the numbers mirror, the addresses do not agree"
     SELF_CONNECT = 24, "self-connect", "the socket talks to itself"
     MAP_FULL = 25, "map-full", "the map of sockets is at its capacity"
@@ -72,14 +72,25 @@ class Reason(enum.IntEnum):
     )
     SMALL_STREAM = 35, "small-stream", "it streams small messages, which TCP joins; both ends left"
     LEAVING = 36, "leaving", "it streams small messages and is about to leave the map"
+    REPROOF = 37, "reproof", "sent by TCP so that network rules and conntrack see the stream"
+    POLICY = 38, "policy", "the policy keeps one end on TCP (`underpass policy show`)"
+    READER_BUSY = (
+        39,
+        "reader-busy",
+        "a thread holds the reader's socket for long, as in a page fault; TCP does not wait for it",
+    )
+    CGROUP_MEMORY = 40, "cgroup-memory", "the reader's memory cgroup is near its limit"
 
 
 #: Every reason, by its number.
 REASONS = tuple(Reason)
 #: Reasons that refuse a whole connection; the others are given message by message.
-REFUSALS = tuple(r for r in REASONS if Reason.NOT_LOCAL <= r < Reason.LEAVING)
+REFUSALS = (*(r for r in REASONS if Reason.NOT_LOCAL <= r < Reason.LEAVING), Reason.POLICY)
 #: Reasons for which a message goes by TCP.
-TCP_REASONS = tuple(r for r in REASONS if r >= Reason.UNPAIRED and r not in REFUSALS)
+TCP_REASONS = (
+    *(r for r in REASONS if r >= Reason.UNPAIRED and r not in REFUSALS),
+    Reason.POLICY,
+)
 
 
 class Fault(enum.IntFlag):
@@ -98,6 +109,17 @@ class Fault(enum.IntFlag):
     LISTENER_DECIDES = 1 << 10
     LATE_SPLICE = 1 << 11
     DEAF = 1 << 12
+    HASTY_PAIR = 1 << 13
+    SHIFTED = 1 << 14
+    ONE_END = 1 << 15
+    RASH_PROOF = 1 << 16
+    SLEEPY = 1 << 17
+    NO_CGROUP = 1 << 18
+    LATE_EVENT = 1 << 19
+    EARLY_FIN = 1 << 20
+    ROUSING = 1 << 21
+    VAIN_PROBE = 1 << 22
+    EARLY_ACK = 1 << 23
 
 
 class Sign(enum.IntFlag):
@@ -176,6 +198,7 @@ class Settings:
         allow: names of programs that may take the shortcut whatever they do.
         deny: names of programs that stay on TCP.
         small: messages whose streams leave the shortcut.
+        reproof_seconds: so often a message of each direction takes the network path; 0 = never.
     """
 
     capacity: int = 65536
@@ -187,6 +210,7 @@ class Settings:
     allow: tuple[str, ...] = ()
     deny: tuple[str, ...] = ()
     small: Small = field(default_factory=Small)
+    reproof_seconds: float = 10.0
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,15 @@ BPFFS = Path("/sys/fs/bpf")
 FLOOR = (6, 1)
 """The oldest kernel that the tests run on; docs/KERNELS.md says what older ones lack."""
 CLONE_NEWNET = 0x40000000
+_CLONE_NEWCGROUP = 0x02000000
+_FIRST_PID_NAMESPACE = 0xEFFFFFFC
 _BPF_MAGIC = 0xCAFE4A11
 _CGROUP2_MAGIC = 0x63677270
 
-CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_PERFMON": 38, "CAP_BPF": 39}
-_SYS_ADMIN = 21
+#: Enters network namespaces, and contains the two before it.
+ENTERS = "CAP_SYS_ADMIN"
+CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_PERFMON": 38, "CAP_BPF": 39, ENTERS: 21}
+_CONTAINED = {"CAP_PERFMON", "CAP_BPF"}
 
 Result = TypeVar("Result")
 
@@ -67,10 +71,16 @@ def missing_capabilities() -> list[str]:
     for line in _proc_lines("status"):
         if line.startswith("CapEff:"):
             held = int(line.split()[1], 16)
-            if held >> _SYS_ADMIN & 1 and held >> CAPABILITIES["CAP_NET_ADMIN"] & 1:
-                return []
-            return [name for name, bit in CAPABILITIES.items() if not held >> bit & 1]
+            missing = [name for name, bit in CAPABILITIES.items() if not held >> bit & 1]
+            whole = ENTERS not in missing
+            return [name for name in missing if not (whole and name in _CONTAINED)]
     return list(CAPABILITIES)
+
+
+def kernel_version() -> tuple[int, ...]:
+    """The running kernel's, as ``(6, 1)``."""
+    parts = platform.release().split("-")[0].split(".")[:2]
+    return tuple(int(part) for part in parts if part.isdigit())
 
 
 def check_kernel() -> str:
@@ -80,8 +90,7 @@ def check_kernel() -> str:
         Unsupported: it is.
     """
     release = platform.release()
-    version = tuple(int(part) for part in release.split("-")[0].split(".")[:2] if part.isdigit())
-    if version < FLOOR:
+    if kernel_version() < FLOOR:
         floor = ".".join(map(str, FLOOR))
         cause = f"it is {release}, underpass needs {floor}"
         raise Unsupported("use", "this kernel", cause, f"boot Linux {floor} or newer")
@@ -106,6 +115,27 @@ def check_node() -> None:
             "the kernel has no type information",
             "use a kernel built with CONFIG_DEBUG_INFO_BTF",
         )
+
+
+def join_host_cgroups() -> None:
+    """See cgroups as the node does, where this is a container that sees the node's processes.
+
+    From a cgroup namespace of its own it could start no process outside of it (``nsdelegate``), and
+    would read other paths than the node. Counts for the calling thread and those that it makes
+    from now on. Where that is not allowed nothing changes.
+    """
+    # kthreadd, which always lives in the node's own; in a node that is a container itself, its init
+    path = f"/proc/{2 if _inode('/proc/self/ns/pid') == _FIRST_PID_NAMESPACE else 1}/ns/cgroup"
+    if _inode(path) in (0, _inode("/proc/self/ns/cgroup")):
+        return
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        ctypes.CDLL(None, use_errno=True).setns(fd, _CLONE_NEWCGROUP)
+    finally:
+        os.close(fd)
 
 
 def find_cgroup2() -> Path:

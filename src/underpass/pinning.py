@@ -14,8 +14,9 @@ from underpass import libbpf
 from underpass.errors import KernelError, UnderpassError
 
 _AT_FDCWD, _EXCHANGE = -100, 2
-#: Pins that hold a program attached: sock_ops, sk_msg, the watcher.
-LINK, MAP_LINK, WATCH_LINK = "link_handshake", "link_steer", "link_watch"
+#: Pins that hold a program attached: sock_ops, sk_msg, cgroup_skb; by program, the watchers.
+LINK, MAP_LINK, LATE_LINK = "link_handshake", "link_steer", "link_late"
+WATCH_LINKS = {"up_watch": "link_watch", "up_uring": "link_uring"}
 #: Without this pin a directory is no generation.
 ABOUT = "about"
 
@@ -51,7 +52,7 @@ def remove(directory: Path) -> None:
 
 
 def _order(pin: Path) -> int:
-    first = (LINK, WATCH_LINK, ABOUT)
+    first = (LINK, LATE_LINK, *WATCH_LINKS.values(), ABOUT)
     return first.index(pin.name) if pin.name in first else len(first)
 
 
@@ -85,6 +86,17 @@ def locked(pins: Path, seconds: float = 60.0) -> Iterator[None]:
             finally:
                 path.rmdir()
             return
+
+
+@contextlib.contextmanager
+def alone(pins: Path) -> Iterator[None]:
+    """One pass of ``adopt`` at a time; it does not keep ``up`` and ``down`` waiting."""
+    fd = os.open(pins, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with libbpf.Fd(fd):
+        if not _flock(fd):
+            step = "try again when it has finished"
+            raise UnderpassError("adopt for", pins, "another pass is at work", step)
+        yield
 
 
 def _flock(fd: int) -> bool:

@@ -6,7 +6,6 @@ same in every container of an image; of an interpreter also its arguments.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import struct
@@ -42,6 +41,15 @@ def identify(pid: int) -> tuple[int, abi.Program] | None:
     return key, found
 
 
+def watchable(pid: int) -> bool:
+    """Is the process's program one of 64 bits? The system calls of others have other numbers."""
+    try:
+        with Path(f"/proc/{pid}/exe").open("rb") as file:
+            return file.read(5) == b"\x7fELF\x02"
+    except OSError:
+        return False
+
+
 def listener(address: bytes, port: int, inode: int) -> tuple[int, abi.Program]:
     """What stands for the program behind a listener of which no process is to be seen."""
     found = abi.Program(name=b"(listener)")
@@ -66,21 +74,6 @@ def _mix(hashed: int, words: Iterable[int]) -> int:
         hashed = (hashed ^ word) * _MULTIPLIER & _WORD
         hashed ^= hashed >> 32
     return hashed
-
-
-def of_sockets(inodes: set[int]) -> dict[int, int]:
-    """Socket inode -> a process that has it open, for those of ``inodes`` that one has."""
-    found: dict[int, int] = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        if len(found) == len(inodes):
-            break
-        with contextlib.suppress(OSError):
-            for entry in (process / "fd").iterdir():
-                with contextlib.suppress(OSError):
-                    target = str(entry.readlink())
-                    if target.startswith("socket:[") and int(target[8:-1]) in inodes:
-                        found.setdefault(int(target[8:-1]), int(process.name))
-    return found
 
 
 def wrong_name(name: str) -> str:

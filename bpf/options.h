@@ -1,0 +1,112 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* What is set on a program's sockets while they are in the map, and put back: a keepalive timer that ticks for us, the
+ * size of the send buffer, the mark that a send waits for room. */
+#ifndef UNDERPASS_OPTIONS_H
+#define UNDERPASS_OPTIONS_H
+
+#include "pair.h"
+
+#define KEEP_MOST 127
+#define NARROW_BUFFER (128 << 10) /* four loopback segments: fewer would wait for delayed ACKs */
+#define WIDE_BUFFER (4 << 20) /* the kernel takes at most net.core.wmem_max */
+#define SOCK_SNDBUF_LOCK 1
+#define SOCK_NOSPACE 2
+#define TCP_NOTSENT_LOWAT 25
+
+/* Let the keepalive timer send a packet at every second of silence. Its count is raised, and TCP_USER_TIMEOUT set aside:
+ * on a path that has begun to drop packets the program's connection must not end sooner for our sake. */
+static __noinline void start_ticking(struct bpf_sock_ops *ctx, struct endpoint *ep)
+{
+	int on = 0, one = 1, most = KEEP_MOST, never = 0;
+
+	if (bpf_getsockopt(ctx, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on)) ||
+	    bpf_getsockopt(ctx, SOL_TCP, TCP_KEEPIDLE, &ep->keep_idle, sizeof(int)) ||
+	    bpf_getsockopt(ctx, SOL_TCP, TCP_KEEPINTVL, &ep->keep_interval, sizeof(int)) ||
+	    bpf_getsockopt(ctx, SOL_TCP, TCP_KEEPCNT, &ep->keep_count, sizeof(int)) ||
+	    bpf_getsockopt(ctx, SOL_TCP, TCP_USER_TIMEOUT, &ep->user_timeout, sizeof(int)))
+		return;
+	ep->ticking = on ? 2 : 1;
+	if (ep->user_timeout)
+		bpf_setsockopt(ctx, SOL_TCP, TCP_USER_TIMEOUT, &never, sizeof(never));
+	bpf_setsockopt(ctx, SOL_TCP, TCP_KEEPCNT, &most, sizeof(most));
+	bpf_setsockopt(ctx, SOL_TCP, TCP_KEEPINTVL, &one, sizeof(one));
+	bpf_setsockopt(ctx, SOL_TCP, TCP_KEEPIDLE, &one, sizeof(one));
+	if (!on)
+		bpf_setsockopt(ctx, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof(one));
+}
+
+/* Sets an option back to what it was, unless the program has changed it meanwhile: then it is false.
+ * `sk` is what bpf_setsockopt takes in the calling program: its context, or the socket. */
+#define PUT_BACK(sk, option, ours, was)                                                            \
+	({                                                                                         \
+		int now = 0;                                                                       \
+		bool same = !bpf_getsockopt(sk, SOL_TCP, option, &now, sizeof(now)) && now == ours; \
+		if (same)                                                                          \
+			bpf_setsockopt(sk, SOL_TCP, option, was, sizeof(int));                     \
+		same;                                                                              \
+	})
+
+#define STOP_TICKING(sk, ep)                                                                       \
+	({                                                                                         \
+		bool ours = PUT_BACK(sk, TCP_KEEPIDLE, 1, &(ep)->keep_idle);                       \
+		int off = 0;                                                                       \
+		if ((ep)->user_timeout)                                                            \
+			PUT_BACK(sk, TCP_USER_TIMEOUT, 0, &(ep)->user_timeout);                    \
+		ours &= PUT_BACK(sk, TCP_KEEPINTVL, 1, &(ep)->keep_interval);                      \
+		ours &= PUT_BACK(sk, TCP_KEEPCNT, KEEP_MOST, &(ep)->keep_count);                   \
+		if (ours && (ep)->ticking == 1 && !used((ep)->self.cookie, UP_KEEPS))             \
+			bpf_setsockopt(sk, SOL_SOCKET, SO_KEEPALIVE, &off, sizeof(off));           \
+		(ep)->ticking = 0;                                                                 \
+	})
+
+static __always_inline bool sndbuf_locked(const struct sock *sk)
+{
+	return BPF_CORE_READ_BITFIELD_PROBED(sk, sk_userlocks) & SOCK_SNDBUF_LOCK;
+}
+
+/* Over budget, TCP holds the sender - but with megabytes in its send buffer it would fill that again as
+ * fast as it drains, and the gate would never see a moment at which all is consumed: on a slow path the
+ * stream would stay on TCP for good. With a narrow buffer the sender stops after a message or two, the
+ * reader catches up, and the shortcut is back. A size that the program chose itself is left alone. */
+static __noinline void set_buffer(struct bpf_sock_ops *ctx, struct endpoint *ep,
+				       const struct tcp_sock *tp, bool narrow)
+{
+	const struct sock *sk = &tp->inet_conn.icsk_inet.sk;
+	int size = narrow ? NARROW_BUFFER : WIDE_BUFFER;
+
+	if (narrow == (ep->narrow == 1))
+		return;
+	if (narrow && sndbuf_locked(sk) && READ(sk, sk_sndbuf) != ep->wide)
+		return;
+	if (!narrow && READ(sk, sk_sndbuf) != 2 * NARROW_BUFFER)
+		return;
+	if (psock_of(sk) && reader_sleeps(sk) && !fault(UP_FAULT_ROUSING)) /* this would wake it: see no_room_left() */
+		return;
+	if (bpf_setsockopt(ctx, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size)))
+		return;
+	ep->narrow = narrow ? 1 : 2;
+	if (!narrow)
+		ep->wide = READ(sk, sk_sndbuf);
+}
+
+/* A send has left the mark that it waits for room, though it found some (sk_stream_wait_memory). An ACK then wakes whoever
+ * sleeps on the socket, and a reader in the map that is woken for nothing returns EAGAIN (tcp_msg_wait_data). So the mark
+ * is taken away while nobody sleeps: by room, which a change of the buffer's size tells of, and then that is as before. */
+static __noinline void no_room_left(struct bpf_sock_ops *ctx, const struct tcp_sock *tp)
+{
+	const struct sock *sk = &tp->inet_conn.icsk_inet.sk;
+	const struct socket *socket = READ(sk, sk_socket);
+	int size = (__u32)READ(sk, sk_sndbuf) >> 1, wide = WIDE_BUFFER, lowat = 0;
+
+	if (!(READ(socket, flags) >> SOCK_NOSPACE & 1) || waiters(sk, 0, 0) || fault(UP_FAULT_ROUSING))
+		return;
+	/* A size that somebody set, we or the program, is put back as it was; above that it could not be. */
+	if (sndbuf_locked(sk) && size <= WIDE_BUFFER) {
+		bpf_setsockopt(ctx, SOL_SOCKET, SO_SNDBUF, &wide, sizeof(wide));
+		bpf_setsockopt(ctx, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size));
+	} else if (!bpf_getsockopt(ctx, SOL_TCP, TCP_NOTSENT_LOWAT, &lowat, sizeof(lowat))) {
+		bpf_setsockopt(ctx, SOL_TCP, TCP_NOTSENT_LOWAT, &lowat, sizeof(lowat));
+	}
+}
+
+#endif
