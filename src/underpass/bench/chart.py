@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from underpass.bench.compare import Mode, Outcome, Placement
 from underpass.bench.runner import Plan
 
 _STYLE = {Mode(way): (drawing.COLOURS[way], words) for way, words in drawing.WAYS.items()}
+#: Panels beside one another, and characters of a label in one line.
+_ABREAST, _LABEL = 2, 20
 _SIZES = {1024: "1K", 4096: "4K", 16384: "16K"}
 
 
@@ -45,14 +48,17 @@ def draw(
 
 def _figure(pyplot: Any, outcomes: Sequence[Outcome], plan: Plan, document: dict[str, Any]) -> Any:
     tests = list(dict.fromkeys(o.row.test for o in outcomes))
-    shape = (len(plan.placements), len(tests))
+    panels = [(placement, test) for placement in plan.placements for test in tests]
+    columns = min(len(tests), _ABREAST)
+    shape = (-(-len(panels) // columns), columns)
     size = (6.8 * shape[1] if shape[1] > 1 else 8.4, 4.4 * shape[0])
     figure, grid = pyplot.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
-    for line, placement in zip(grid, plan.placements, strict=True):
-        for axes, test in zip(line, tests, strict=True):
-            here = [o for o in outcomes if o.row.placement == placement.name and o.row.test == test]
-            draw_panel = _lines if plan.workload.name == "qperf" else _bars
-            draw_panel(axes, here, placement)
+    draw_panel = _lines if plan.workload.name == "qperf" else _bars
+    for axes, (placement, test) in zip(grid.flat, panels, strict=False):
+        here = [o for o in outcomes if o.row.placement == placement.name and o.row.test == test]
+        draw_panel(axes, here, placement)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
     machine = document["machine"]
     figure.suptitle(
         f"underpass: {plan.workload.name}, default against shortcut",
@@ -146,8 +152,10 @@ def _bars(axes: Any, outcomes: Sequence[Outcome], placement: Placement) -> None:
         for x, height, error, text in zip(at, heights, errors[1], texts, strict=True):
             axes.annotate(text, (x, height + error), xytext=(0, 4), textcoords="offset points",
                           ha="center", fontsize=8.5, color=colour)  # fmt: skip
-    labels = [f"{o.row.label}\n{o.ratio.median:.2f}x" if o.ratio else o.row.label for o in outcomes]
-    axes.set_xticks(ends, labels)
+    names = [textwrap.fill(o.row.label, _LABEL) for o in outcomes]
+    ratios = [f"\n{o.ratio.median:.2f}x" if o.ratio else "" for o in outcomes]
+    axes.set_xticks(ends, [name + ratio for name, ratio in zip(names, ratios, strict=True)])
     axes.grid(axis="x", visible=False)
     axes.set_ylabel("relative to default")
-    axes.set_title(f"{outcomes[0].row.unit}\n{placement}", loc="left", fontsize=10.5)
+    row = outcomes[0].row
+    axes.set_title(f"{row.test}, {row.unit}\n{placement}", loc="left", fontsize=10.5)

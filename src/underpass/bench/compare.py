@@ -11,8 +11,12 @@ from dataclasses import dataclass, field
 RULED_FLOOR = 0.95
 #: A row below this share is marked wherever it is shown.
 HALF = 0.5
+#: The most that one packet of a default run may carry: the kernel cuts streams up no further.
+_LARGEST = 64 << 10
 _GIGABYTE = 1e9
 
+#: The sidecars' own share of the CPU: the one figure below of which less is no gain.
+SIDECARS = "sidecars_percent_of_cpu"
 #: Figures beside a row's own, by their names in the report, with words for people. Less is better.
 ALSO = {
     "p50_us": "latency p50 (us)",
@@ -21,6 +25,7 @@ ALSO = {
     "slab_bytes_per_pair": "slabs (bytes/pair)",
     "tcp_bytes_per_pair": "TCP buffers (bytes/pair)",
     "cpu_seconds_per_gigabyte": "CPU seconds per GB",
+    SIDECARS: "Envoys' own work (% of CPU)",
 }
 
 
@@ -59,6 +64,9 @@ class Row:
         floor: least share (0..1) of what a shortcut run moved that the shortcut must have carried.
         ruled: the data plane may hold any part of it on TCP, but must have given nearly every
             message a path and a reason, or have let a stream of small messages go.
+        short: connections of two messages each: the first message of one may leave before its other
+            end has been found, the answer may not.
+        crossing: share (0..1) of what a run moves that crosses the path, where proxies pass it on.
         off_node: the server stands outside the cgroup: the shortcut must carry nothing, and the
             data plane must have turned down nearly every connection as not local.
     """
@@ -71,6 +79,8 @@ class Row:
     floor: float
     ruled: bool = False
     off_node: bool = False
+    short: bool = False
+    crossing: float = 1.0
 
     def __str__(self) -> str:
         return " ".join(part for part in (self.placement, self.test, self.label) if part)
@@ -91,7 +101,8 @@ class Reading:
     Attributes:
         messages: needed where a row is ``ruled``.
         also: figures beside the row's own, by their names in :data:`ALSO`.
-        payload: bytes, where they are known though the volume is in messages.
+        payload: bytes, where they are known and the volume is something else.
+        sidecar_seconds: CPU time that sidecars spent in user mode, where there are some.
     """
 
     figure: float
@@ -99,6 +110,7 @@ class Reading:
     messages: float = 0.0
     also: dict[str, float] = field(default_factory=dict)
     payload: float = 0.0
+    sidecar_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +120,9 @@ class Moved:
     Attributes:
         small_streams: endpoints that left the map since a direction streams small messages; what
             they send from then on meets no verdict.
-        naive_messages, naive_bytes: what the naive bypass redirected; the rest is underpass's.
+        naive_messages, naive_bytes: what the naive bypass redirected.
+        path_packets: that took the path between the ends, by its own counter; None: not read.
+            All others are underpass's.
     """
 
     pairs: int = 0
@@ -119,6 +133,7 @@ class Moved:
     small_streams: int = 0
     naive_messages: int = 0
     naive_bytes: int = 0
+    path_packets: int | None = None
 
 
 @dataclass(frozen=True)
@@ -138,12 +153,13 @@ class Sample:
     @property
     def also(self) -> dict[str, float]:
         """What the program said beside its figure; the CPU's price where the bytes are known."""
-        volume = self.reading.volume
-        moved = volume.amount if volume.unit == "bytes" else self.reading.payload
-        if self.cpu_seconds is None or not moved:
-            return self.reading.also
-        price = self.cpu_seconds / moved * _GIGABYTE
-        return {**self.reading.also, "cpu_seconds_per_gigabyte": price}
+        found, volume = dict(self.reading.also), self.reading.volume
+        moved = self.reading.payload or (volume.amount if volume.unit == "bytes" else 0.0)
+        if self.cpu_seconds and moved:
+            found["cpu_seconds_per_gigabyte"] = self.cpu_seconds / moved * _GIGABYTE
+        if self.cpu_seconds and self.reading.sidecar_seconds is not None:
+            found[SIDECARS] = 100 * self.reading.sidecar_seconds / self.cpu_seconds
+        return found
 
     @property
     def carried(self) -> float:
@@ -231,14 +247,18 @@ def schedule(modes: Sequence[Mode], rounds: int) -> list[tuple[int, Mode]]:
     return order
 
 
+def least_packets(volume: Volume, crossing: float = 1.0) -> int:
+    """Packets that a run by TCP has sent at least, with room for what joins on its way."""
+    each = _LARGEST if volume.unit == "bytes" else 1
+    return max(1, int(crossing * volume.amount / each * HALF))
+
+
 def disbelief(sample: Sample, row: Row) -> str | None:
     """Why this run does not count as what it claims to be, None when it does."""
     moved = sample.moved
-    if sample.mode is Mode.DEFAULT and (moved.shortcut_messages or moved.pairs):
-        return (
-            f"{row}, round {sample.round + 1}: a default run used the shortcut"
-            f" ({moved.shortcut_messages} messages, {moved.pairs} pairs)"
-        )
+    wrong = _default_disbelief(sample, row) if sample.mode is Mode.DEFAULT else None
+    if wrong:
+        return wrong
     if sample.mode is Mode.NAIVE:
         return _naive_disbelief(sample, row)
     if moved.naive_messages:
@@ -249,6 +269,21 @@ def disbelief(sample: Sample, row: Row) -> str | None:
     if sample.mode is not Mode.SHORTCUT:
         return None
     return (_off_node_disbelief if row.off_node else _shortcut_disbelief)(sample, row)
+
+
+def _default_disbelief(sample: Sample, row: Row) -> str | None:
+    moved, least = sample.moved, least_packets(sample.reading.volume, row.crossing)
+    if moved.shortcut_messages or moved.pairs:
+        return (
+            f"{row}, round {sample.round + 1}: a default run used the shortcut"
+            f" ({moved.shortcut_messages} messages, {moved.pairs} pairs)"
+        )
+    if moved.path_packets is not None and moved.path_packets < least:
+        return (
+            f"{row}, round {sample.round + 1}: {moved.path_packets} packets of a default run took"
+            f" the path, {least} needed"
+        )
+    return None
 
 
 def _naive_disbelief(sample: Sample, row: Row) -> str | None:
@@ -262,14 +297,15 @@ def _naive_disbelief(sample: Sample, row: Row) -> str | None:
 
 def _shortcut_disbelief(sample: Sample, row: Row) -> str | None:
     moved = sample.moved
-    if not moved.pairs or not moved.shortcut_messages:
+    # No new pair is no doubt: a proxy keeps its connections from run to run.
+    if not moved.shortcut_messages:
         return f"{row}, round {sample.round + 1}: nothing of a shortcut run took the shortcut"
     if row.ruled and not moved.small_streams and sample.ruled < RULED_FLOOR:
         return (
             f"{row}, round {sample.round + 1}: the data plane saw {sample.ruled:.1%} of the"
             f" messages, {RULED_FLOOR:.0%} needed"
         )
-    if sample.carried < row.floor:
+    if sample.carried + (_early(sample) if row.short else 0.0) < row.floor:
         tcp = ", ".join(f"{reason} {n}" for reason, n in moved.tcp_messages.items() if n)
         return (
             f"{row}, round {sample.round + 1}: the shortcut carried {sample.carried:.1%} of the"
@@ -277,6 +313,13 @@ def _shortcut_disbelief(sample: Sample, row: Row) -> str | None:
             f" ({moved.pairs} pairs; by TCP: {tcp or 'nothing counted'})"
         )
     return None
+
+
+def _early(sample: Sample) -> float:
+    """Share (0..half) of a run's messages that met no other end yet."""
+    early = sample.moved.tcp_messages.get("unpaired", 0)
+    amount = sample.reading.volume.amount
+    return min(HALF, early / amount) if amount else 0.0
 
 
 def _off_node_disbelief(sample: Sample, row: Row) -> str | None:

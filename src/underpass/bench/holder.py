@@ -1,6 +1,6 @@
 """The two programs of workload ``idle``: one holds connections open, one answers them.
 
-    python -m underpass.bench.holder serve PORT MOST
+    python -m underpass.bench.holder serve ADDRESS PORT MOST
     python -m underpass.bench.holder hold ADDRESS PORT PAIRS
 
 ``hold`` prints one JSON document: by how much the kernel's memory grew while it opened them. Each
@@ -51,10 +51,11 @@ def settled() -> tuple[int, int]:
         last = now
 
 
-def serve(port: int) -> None:
+def serve(address: str, port: int) -> None:
     """Answer every byte with itself, until killed."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with selectors.DefaultSelector() as ready, socket.create_server(
-        ("", port), backlog=_BACKLOG
+        (address, port), family=family, backlog=_BACKLOG
     ) as listener:  # fmt: skip
         ready.register(listener, selectors.EVENT_READ)
         while True:
@@ -101,14 +102,14 @@ def _allow_descriptors(count: int) -> None:
 def main(words: list[str]) -> None:
     """Run one of the two."""
     match words:
-        case ["serve", port, most]:
+        case ["serve", address, port, most]:
             _allow_descriptors(int(most))
-            serve(int(port))
+            serve(address, int(port))
         case ["hold", address, port, pairs]:
             _allow_descriptors(int(pairs))
             print(json.dumps(hold(address, int(port), int(pairs))))  # noqa: T201 (its output)
         case _:
-            sys.exit("usage: holder serve PORT MOST | hold ADDRESS PORT PAIRS")
+            sys.exit("usage: holder serve ADDRESS PORT MOST | hold ADDRESS PORT PAIRS")
 
 
 if __name__ == "__main__":

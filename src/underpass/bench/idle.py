@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
-from underpass.bench.bed import SERVER_ADDRESS
 from underpass.bench.compare import Mode, Reading, Volume
 from underpass.bench.programs import REQUESTS_FLOOR, Measure, Place, Workload, port_of
+from underpass.bench.way import Reach
 from underpass.errors import UnderpassError
 
 #: Connections held, if nothing else is asked for; the most that one client address has ports for.
@@ -23,14 +22,14 @@ def workload(pairs: int) -> Workload:
 
     def serve(place: Place, mode: Mode) -> None:
         port = port_of(_PORT, mode)
-        place.serve(mode, [*_HOLDER, "serve", str(port), str(pairs)], port)
+        place.serve(mode, [*_HOLDER, "serve", place.reach.any, str(port), str(pairs)], port)
 
-    def ask(mode: Mode) -> list[str]:
-        return [*_HOLDER, "hold", SERVER_ADDRESS, str(port_of(_PORT, mode)), str(pairs)]
+    def measures(reach: Reach, _: int) -> list[Measure]:
+        def ask(mode: Mode) -> list[str]:
+            return [*_HOLDER, "hold", reach.server, str(port_of(_PORT, mode)), str(pairs)]
 
-    def measures(_: Path, __: int) -> list[Measure]:
         label = f"{pairs:,} idle pair{'s' if pairs > 1 else ''}"
-        return [Measure("idle", label, "bytes/pair", True, REQUESTS_FLOOR, ask, _parse)]
+        return [Measure("idle", label, "bytes/pair", True, REQUESTS_FLOOR, ask, _parse, short=True)]
 
     return Workload("idle", {}, serve, measures, settings={"pairs": pairs})
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
-from underpass.bench.bed import SERVER_ADDRESS
 from underpass.bench.compare import Mode, Reading
 from underpass.bench.parallel import SCRIPT, SITE, SIZE, parser
 from underpass.bench.programs import (
@@ -21,6 +19,7 @@ from underpass.bench.programs import (
     nginx_start,
     port_of,
 )
+from underpass.bench.way import Reach
 
 _PORT = 18130
 _CONNECTIONS = 8
@@ -30,19 +29,21 @@ _BOTH = 'out=$1 stream=$2; shift 2; $stream >"$out" & "$@"; wait; echo ===; cat 
 
 def _serve(place: Place, mode: Mode) -> None:
     port = port_of(_PORT, mode)
-    nginx_start(place, mode, Site("mixed", SITE.format(port=port), port, size=SIZE))
+    nginx_start(
+        place, mode, Site("mixed", SITE.format(at=place.reach.listen(port)), port, size=SIZE)
+    )
     iperf_serve(place, mode)
 
 
-def _measures(home: Path, seconds: int) -> list[Measure]:
-    script = home / "percentiles.lua"
+def _measures(reach: Reach, seconds: int) -> list[Measure]:
+    script = reach.home / "percentiles.lua"
     script.write_text(SCRIPT)
 
     def ask(mode: Mode) -> list[str]:
-        stream = f"iperf3 -c {SERVER_ADDRESS} -p {port_of(IPERF_PORT, mode)} -t {seconds} -J"
+        stream = f"iperf3 -c {reach.server} -p {port_of(IPERF_PORT, mode)} -t {seconds} -J"
         requests = ["wrk", "-t", "1", "-c", str(_CONNECTIONS), "-d", f"{seconds}s"]
-        where = f"http://{SERVER_ADDRESS}:{port_of(_PORT, mode)}/file"
-        out = str(home / f"stream-{mode.value}")
+        where = f"http://{reach.at(port_of(_PORT, mode))}/file"
+        out = str(reach.home / f"stream-{mode.value}")
         return ["sh", "-c", _BOTH, "both", out, stream, *requests, "-s", str(script), where]
 
     rows = (("requests beside a stream", "requests/s"), ("stream beside requests", "Mb/s"))

@@ -47,7 +47,12 @@ def attached(group: Group) -> Iterator[Naive]:
         verdict = libbpf.attach_map(naive.program("naive_redirect"), naive.map("naive_sockets"))
         cgroup = libbpf.Fd(os.open(group.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         try:
-            with cgroup, libbpf.attach_cgroup(naive.program("naive_pair"), cgroup.number):
+            with (
+                cgroup,
+                libbpf.attach_cgroup(
+                    naive.program("naive_pair"), cgroup.number, libbpf.BPF_CGROUP_SOCK_OPS
+                ),
+            ):
                 try:
                     yield Naive(naive.map("naive_counters"))
                 finally:

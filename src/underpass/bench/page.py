@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from underpass.bench import drawing
-from underpass.bench.compare import ALSO, HALF
+from underpass.bench.compare import ALSO, HALF, SIDECARS
 from underpass.errors import UnderpassError, Usage
 
 #: The element that holds the document as JSON, for programs.
@@ -50,7 +50,13 @@ svg .ratio { fill: var(--shortcut); font-weight: bold; }
 """
 _RUN = (
     *("Placement", "Test", "Row", "Mode", "Round", "Figure", "Volume", "Pairs"),
-    *("Shortcut messages", "Shortcut bytes", "TCP messages by reason", "CPU seconds"),
+    *(
+        "Shortcut messages",
+        "Shortcut bytes",
+        "TCP messages by reason",
+        "Path packets",
+        "CPU seconds",
+    ),
 )
 
 
@@ -101,7 +107,7 @@ def render(document: dict[str, Any]) -> str:
         *(_placement(document, placement) for placement in placements),
         _reading(document),
         _origin(document),
-        _runs(document["rows"]),
+        _runs(document),
         f'<script type="application/json" id="{DATA_ID}">{_data(document)}</script>',
         "</body></html>",
     ]
@@ -192,7 +198,9 @@ def _also(rows: drawing.Rows) -> str:
         if any(name in told for told in row["also"].values())
     ]
     names = ["Test", "Row", "Figure", *(drawing.WAYS[way] for way in ways)]
-    return _grid("Beside it; less is better.", names, lines) if lines else ""
+    shares = any(SIDECARS in told for row in rows for told in row["also"].values())
+    caption = f"Beside it; less is better{', but for the share of the Envoys' if shares else ''}."
+    return _grid(caption, names, lines) if lines else ""
 
 
 def _grid(caption: str, names: Sequence[str], lines: Iterable[str], texts: int = 3) -> str:
@@ -267,9 +275,9 @@ def _origin(document: dict[str, Any]) -> str:
     return f"<h2>Machine, kernel, settings</h2>{_grid('', ['Of', 'What', 'Value'], lines)}"
 
 
-def _runs(rows: drawing.Rows) -> str:
+def _runs(document: dict[str, Any]) -> str:
     lines = []
-    for row in rows:
+    for row in document["rows"]:
         for run in row["runs"]:
             counters = run["counters"]
             tcp = ", ".join(f"{why} {n}" for why, n in counters["tcp_messages"].items() if n)
@@ -279,8 +287,12 @@ def _runs(rows: drawing.Rows) -> str:
             counted = ("pairs", "shortcut_messages", "shortcut_bytes")
             cells += [f"{counters[name]:,}" for name in counted]
             cpu = "-" if run["cpu_seconds"] is None else f"{run['cpu_seconds']:.3f}"
-            lines.append(_line(what, [*cells, escape(tcp) or "-", cpu]))
-    caption = "What the program reported, and by how much the kernel's counters moved meanwhile."
+            path = "-" if counters["path_packets"] is None else f"{counters['path_packets']:,}"
+            lines.append(_line(what, [*cells, escape(tcp) or "-", path, cpu]))
+    caption = (
+        "What the program reported, and by how much the kernel's counters moved meanwhile."
+        f" Path packets: {document['path_counter']}."
+    )
     return (
         "<h2>Every run</h2><details><summary>All rounds, one by one; the same as JSON is in the"
         f" source of this page.</summary>{_grid(caption, _RUN, lines, texts=5)}</details>"

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from underpass.bench.bed import SERVER_ADDRESS
 from underpass.bench.compare import Mode, Reading, Volume
 from underpass.bench.programs import (
     REQUESTS_FLOOR,
@@ -20,6 +19,7 @@ from underpass.bench.programs import (
     number,
     port_of,
 )
+from underpass.bench.way import Reach
 from underpass.errors import UnderpassError
 
 CONNECTIONS = (1, 4, 16, 64, 256)
@@ -30,7 +30,7 @@ SIZE, MOST = 1024, 64 << 10
 _REQUESTS = 4 << 10
 _PORT = 18110
 # Header and body in one call, so that a request is two messages: sendfile would make it three.
-SITE = """server {{ listen {port} backlog=1024; root HOME; sendfile off;
+SITE = """server {{ listen {at} backlog=1024; root HOME; sendfile off;
     output_buffers 1 128k; }}"""
 #: Makes wrk tell the latency's percentiles.
 SCRIPT = """done = function(summary, latency, requests)
@@ -48,20 +48,24 @@ def workload(size: int) -> Workload:
 
     def serve(place: Place, mode: Mode) -> None:
         port = port_of(_PORT, mode)
-        nginx_start(place, mode, Site("parallel", SITE.format(port=port), port, size=size))
+        nginx_start(
+            place, mode, Site("parallel", SITE.format(at=place.reach.listen(port)), port, size=size)
+        )
 
-    def measures(home: Path, seconds: int) -> list[Measure]:
-        script = home / "percentiles.lua"
+    def measures(reach: Reach, seconds: int) -> list[Measure]:
+        script = reach.home / "percentiles.lua"
         script.write_text(SCRIPT)
-        return [_measure(count, size, seconds, script) for count in CONNECTIONS]
+        return [_measure(reach, (count, size), seconds, script) for count in CONNECTIONS]
 
     return Workload("parallel", WRK, serve, measures, settings={"size": size})
 
 
-def _measure(count: int, size: int, seconds: int, script: Path) -> Measure:
+def _measure(reach: Reach, asked: tuple[int, int], seconds: int, script: Path) -> Measure:
+    count, size = asked
+
     def ask(mode: Mode) -> list[str]:
         head = ["wrk", "-t", "1", "-c", str(count), "-d", f"{seconds}s", "-s", str(script)]
-        return [*head, f"http://{SERVER_ADDRESS}:{port_of(_PORT, mode)}/file"]
+        return [*head, f"http://{reach.at(port_of(_PORT, mode))}/file"]
 
     label = f"{count} connection{'s' if count > 1 else ''}"
     floor = REQUESTS_FLOOR if size <= _REQUESTS else STREAM_FLOOR

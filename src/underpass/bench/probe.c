@@ -2,7 +2,11 @@
 // qperf's two TCP tests, with less around them: over an AF_UNIX stream, the practical limit on this machine, or
 // over TCP between two network namespaces, or inside one.
 //
-//   probe tcp_lat|tcp_bw SIZE MILLISECONDS CLIENT_CPU SERVER_CPU [ADDRESS nagle|nodelay CLIENT_NETNS SERVER_NETNS]
+//   underpass-probe tcp_lat|tcp_bw SIZE MILLISECONDS CLIENT_CPU SERVER_CPU
+//                   [ADDRESS nagle|nodelay CLIENT_NETNS SERVER_NETNS CGROUP_PROCS]
+//
+// It enters namespaces and cgroup by itself: a container has no programs for that. Its name is its own, too: where
+// underpass covers all of the node, a rule of this name keeps it out.
 //
 // Prints one number: microseconds one way, or Mb/s as the receiver counted them. Blocking calls,
 // whole messages, one client and one server process, as in qperf.
@@ -48,6 +52,20 @@ static int pin(int cpu)
 	return sched_setaffinity(0, sizeof(set), &set);
 }
 
+static int failed(const char *what)
+{
+	perror(what);
+	return 1;
+}
+
+// Before it has a socket: those belong to the cgroup that they were made in.
+static int join_cgroup(const char *procs)
+{
+	int fd = open(procs, O_WRONLY | O_CLOEXEC), wrong = fd < 0 || write(fd, "0", 1) != 1;
+
+	return wrong ? failed(procs) : close(fd);
+}
+
 // The two ends of a TCP connection, opened from this one thread inside their namespaces.
 static int connect_tcp(char **where, int ends[2])
 {
@@ -58,7 +76,7 @@ static int connect_tcp(char **where, int ends[2])
 	for (i = 0; i < 2; i++) { // the server's side first
 		netns = open(where[3 - i], O_RDONLY | O_CLOEXEC);
 		if (netns < 0 || setns(netns, CLONE_NEWNET))
-			return 1;
+			return failed(where[3 - i]);
 		close(netns);
 		ends[0] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
 		if (i == 1)
@@ -67,14 +85,14 @@ static int connect_tcp(char **where, int ends[2])
 		if (inet_pton(AF_INET, where[0], &at.sin_addr) != 1 ||
 		    bind(listener, (struct sockaddr *)&at, sizeof(at)) || listen(listener, 1) ||
 		    getsockname(listener, (struct sockaddr *)&at, &length))
-			return 1;
+			return failed("listen");
 	}
 	if (connect(ends[0], (struct sockaddr *)&at, sizeof(at)))
-		return 1;
+		return failed("connect");
 	ends[1] = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
 	close(listener);
 	if (ends[1] < 0)
-		return 1;
+		return failed("accept");
 	for (i = 0; i < 2; i++)
 		if (setsockopt(ends[i], IPPROTO_TCP, TCP_NODELAY, &nodelay, sizeof(nodelay)))
 			return 1;
@@ -124,7 +142,7 @@ int main(int argc, char **argv)
 	double begin;
 	char *data;
 
-	if (argc != 6 && argc != 10)
+	if (argc != 6 && argc != 11)
 		return 2;
 	latency = !strcmp(argv[1], "tcp_lat");
 	size = strtoul(argv[2], NULL, 10);
@@ -132,8 +150,8 @@ int main(int argc, char **argv)
 	client_cpu = atoi(argv[4]);
 	server_cpu = atoi(argv[5]);
 	data = calloc(1, size);
-	if (!data || !time_ms ||
-	    (argc == 10 ? connect_tcp(argv + 6, ends) : socketpair(AF_UNIX, SOCK_STREAM, 0, ends)))
+	if (!data || !time_ms || (argc == 11 && join_cgroup(argv[10])) ||
+	    (argc == 11 ? connect_tcp(argv + 6, ends) : socketpair(AF_UNIX, SOCK_STREAM, 0, ends)))
 		return 1;
 	if (!fork()) {
 		close(ends[0]);
@@ -148,7 +166,7 @@ int main(int argc, char **argv)
 	}
 	close(ends[1]);
 	if (pin(client_cpu))
-		return 1;
+		return failed("sched_setaffinity");
 	memset(&timer, 0, sizeof(timer));
 	timer.it_value.tv_sec = (time_t)(time_ms / 1000);
 	timer.it_value.tv_usec = (suseconds_t)(time_ms % 1000) * 1000;

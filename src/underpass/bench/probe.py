@@ -11,7 +11,9 @@ from pathlib import Path
 from underpass.bench.compare import Placement, Reading, Volume
 from underpass.errors import UnderpassError
 
-PROGRAM = Path(__file__).with_name("probe")
+#: Of no other program of the node.
+NAME = "underpass-probe"
+PROGRAM = Path(__file__).with_name(NAME)
 
 
 def available() -> bool:

@@ -38,6 +38,11 @@ def wait_for(done: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
+def inside(netns: str) -> list[str]:
+    """Words that run a command in a namespace; `ip -n` would remount /, which a chroot forbids."""
+    return ["nsenter", f"--net=/run/netns/{netns}"]
+
+
 def run_tool(argv: Sequence[str], stdin: str | None = None) -> str:
     """Run a set-up command and return what it printed.
 
@@ -66,6 +71,7 @@ class Group:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._children: list[subprocess.Popen[str]] = []
+        self._below: dict[str, Group] = {}
 
     def __enter__(self) -> Group:
         try:
@@ -78,11 +84,20 @@ class Group:
 
     def __exit__(self, *_: object) -> None:
         self.end()
-        with suppress(OSError):
-            self.path.rmdir()
+        for group in self._below.values():
+            group.__exit__()
+        remove_group(self.path)
+
+    def below(self, name: str) -> Group:
+        """The cgroup of this name below it, made at first use and removed with it."""
+        if name not in self._below:
+            self._below[name] = Group(self.path / name).__enter__()
+        return self._below[name]
 
     def end(self) -> None:
-        """End everything that runs here."""
+        """End everything that runs here or below."""
+        for group in self._below.values():
+            group.end()
         end_members(self.path)
         for child in self._children:
             child.wait()
@@ -127,9 +142,15 @@ class Group:
         Raises:
             UnderpassError: it failed, or had not ended after ``seconds``.
         """
-        shown = " ".join(argv)
+        return self._finish(self._command(argv, netns, cpus), " ".join(argv), seconds)
+
+    def run_joining(self, argv: Sequence[str], seconds: float) -> str:
+        """The same for a program that joins the cgroup by itself, told where by one more word."""
+        return self._finish([*argv, str(self.path / "cgroup.procs")], " ".join(argv), seconds)
+
+    def _finish(self, command: Sequence[str], shown: str, seconds: float) -> str:
         child = subprocess.Popen(
-            self._command(argv, netns, cpus),
+            command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -173,6 +194,18 @@ def end_members(cgroup: Path) -> None:
                 os.kill(pid, number)
         if wait_for(lambda: not members(cgroup), seconds):
             return
+
+
+def remove_group(cgroup: Path) -> None:
+    """Delete a cgroup that we made and ended everything in."""
+
+    def gone() -> bool:
+        # Its last process may be on its way out still, after it has left the list.
+        with suppress(OSError):
+            cgroup.rmdir()
+        return not cgroup.exists()
+
+    wait_for(gone, 2.0)
 
 
 def listens(pid: int, port: int) -> bool:

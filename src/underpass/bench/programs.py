@@ -6,15 +6,16 @@ import json
 import os
 import pwd
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from underpass.bench import qperf
-from underpass.bench.bed import CLIENT_ADDRESS, SERVER_ADDRESS
-from underpass.bench.compare import Mode, Reading, Row, Volume
+from underpass.bench.bed import Bed
+from underpass.bench.compare import Mode, Placement, Reading, Row, Volume
+from underpass.bench.processes import Group
+from underpass.bench.way import Reach, host, which
 from underpass.errors import UnderpassError
 
 #: A shortcut run of requests must have passed nearly every message by the shortcut, a stream
@@ -32,6 +33,13 @@ _MODES = {Mode.DEFAULT: 0, Mode.SHORTCUT: 1, Mode.NAIVE: 2}
 class Place(Protocol):
     """What a workload may ask of the runner, which knows namespaces, cgroups and cores."""
 
+    bed: Bed
+    placement: Placement
+
+    @property
+    def reach(self) -> Reach:
+        """How the two ends reach each other."""
+
     def directory(self, name: str) -> Path:
         """A directory of the benchmark's own, made if it is not there."""
 
@@ -40,6 +48,9 @@ class Place(Protocol):
 
     def once(self, argv: list[str]) -> str:
         """Run a set-up program and return what it printed."""
+
+    def group(self, mode: Mode) -> Group:
+        """The cgroup of a mode."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,8 @@ class Measure:
 
     ruled: bool = False
     off_node: bool = False
+    short: bool = False
+    crossing: float = 1.0
 
     def row(self, placement: str) -> Row:
         """The row of the comparison that this measures, at one placement."""
@@ -68,6 +81,8 @@ class Measure:
             self.floor,
             self.ruled,
             self.off_node,
+            self.short,
+            self.crossing,
         )
 
 
@@ -77,22 +92,30 @@ class Workload:
 
     Attributes:
         settings: what else was chosen for it, for the report.
+        rest: seconds for which the kernel's counters must stand still before a run; a proxy may yet
+            pass on what a client of the run before left on its way.
+        behind_nat: its connections are rewritten, so that the naive bypass would not find them.
+        beside: versions of what it needs beside programs; raises UnderpassError if it is not here.
     """
 
     name: str
     needs: dict[str, str]
     serve: Callable[[Place, Mode], None]
-    measures: Callable[[Path, int], list[Measure]]
+    measures: Callable[[Reach, int], list[Measure]]
     unix: bool = False
     settings: dict[str, int] = field(default_factory=dict)
+    rest: float = 0.0
+    behind_nat: bool = False
+    beside: Callable[[], dict[str, str]] = dict
 
 
 def missing(workload: Workload) -> None:
-    """Check that the programs are here.
+    """Check that all it needs is here.
 
     Raises:
         UnderpassError: one is not; names its package.
     """
+    workload.beside()
     for program, package in workload.needs.items():
         if not find(program):
             raise UnderpassError(
@@ -103,8 +126,7 @@ def missing(workload: Workload) -> None:
 def find(program: str) -> str | None:
     """Where a program is; PostgreSQL's server programs are outside PATH on Debian."""
     postgres = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{program}"))
-    path = shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
-    return path or (str(postgres[-1]) if postgres else None)
+    return which(program) or (str(postgres[-1]) if postgres else None)
 
 
 def port_of(base: int, mode: Mode) -> int:
@@ -128,11 +150,11 @@ def number(pattern: str, text: str, program: str) -> float:
 # -- qperf ---------------------------------------------------------------------------------
 
 
-def _qperf_measures(_: Path, seconds: int) -> list[Measure]:
-    return [_qperf(test, size, seconds) for test in qperf.TESTS for size in qperf.SIZES]
+def _qperf_measures(reach: Reach, seconds: int) -> list[Measure]:
+    return [_qperf(reach, test, size, seconds) for test in qperf.TESTS for size in qperf.SIZES]
 
 
-def _qperf(test: str, size: int, seconds: int) -> Measure:
+def _qperf(reach: Reach, test: str, size: int, seconds: int) -> Measure:
     latency = test == "tcp_lat"
     ruled = not latency and size < SMALL
     return Measure(
@@ -141,7 +163,7 @@ def _qperf(test: str, size: int, seconds: int) -> Measure:
         unit="us" if latency else "Mb/s",
         less_is_better=latency,
         floor=REQUESTS_FLOOR if latency else 0.0 if ruled else STREAM_FLOOR,
-        argv=lambda mode: qperf.client(SERVER_ADDRESS, port_of(19770, mode), test, size, seconds),
+        argv=lambda mode: qperf.client(reach.server, port_of(19770, mode), test, size, seconds),
         parse=lambda text: qperf.parse(text, size, seconds),
         ruled=ruled,
     )
@@ -167,13 +189,13 @@ def _redis_serve(place: Place, mode: Mode) -> None:
     place.serve(mode, ["redis-server", *flags], port)
 
 
-def _redis_measures(_: Path, seconds: int) -> list[Measure]:
-    return [_redis(command, deep, seconds) for deep in (1, 16) for command in ("GET", "SET")]
+def _redis_measures(reach: Reach, seconds: int) -> list[Measure]:
+    return [_redis(reach, command, deep, seconds) for deep in (1, 16) for command in ("GET", "SET")]
 
 
-def _redis(command: str, deep: int, seconds: int) -> Measure:
+def _redis(reach: Reach, command: str, deep: int, seconds: int) -> Measure:
     count = (60_000 if deep == 1 else 800_000) * seconds
-    head = ["redis-benchmark", "-h", SERVER_ADDRESS, "-q", "--csv", "-P", str(deep)]
+    head = ["redis-benchmark", "-h", reach.server, "-q", "--csv", "-P", str(deep)]
 
     def parse(text: str) -> Reading:
         rate = number(rf'^"{command}","([\d.]+)"', text, "redis-benchmark")
@@ -209,11 +231,11 @@ http {{
   {body}
 }}
 """
-_SITE = """server {{ listen {port}; root {home};
+_SITE = """server {{ listen {at}; root {home};
     location = /small {{ return 200 "under the stack\\n"; }} }}"""
 _PROXY = """upstream other {{ server {address}:{port}; keepalive 64;
     keepalive_requests 1000000000; }}
-  server {{ listen {listen}; location / {{ proxy_pass http://other; proxy_http_version 1.1;
+  server {{ listen {at}; location / {{ proxy_pass http://other; proxy_http_version 1.1;
     proxy_set_header Connection ""; proxy_buffers 16 16k; }} }}"""
 
 
@@ -232,12 +254,17 @@ class Site:
     size: int = _BODY
 
 
+def nginx_config(home: Path, body: str) -> str:
+    """An nginx in the foreground that keeps everything below ``home`` and serves ``body``."""
+    return _NGINX.format(home=home, body=body)
+
+
 def nginx_start(place: Place, mode: Mode, site: Site) -> None:
     """Serve a site; ``HOME`` in its configuration is its directory."""
     home = place.directory(f"{site.name}-{mode.value}")
     (home / "file").write_bytes(bytes(site.size))
     config = home / "nginx.conf"
-    config.write_text(_NGINX.format(home=home, body=site.body.replace("HOME", str(home))))
+    config.write_text(nginx_config(home, site.body.replace("HOME", str(home))))
     program = find("nginx") or "nginx"
     argv = [program, "-p", str(home), "-c", str(config)]
     place.serve(mode, argv, site.port, client_side=site.client_side)
@@ -245,19 +272,23 @@ def nginx_start(place: Place, mode: Mode, site: Site) -> None:
 
 def _nginx_serve(place: Place, mode: Mode) -> None:
     port = port_of(18080, mode)
-    nginx_start(place, mode, Site("site", _SITE.format(port=port, home="HOME"), port))
+    nginx_start(
+        place, mode, Site("site", _SITE.format(at=place.reach.listen(port), home="HOME"), port)
+    )
 
 
 def _nginx_proxy_serve(place: Place, mode: Mode) -> None:
     """Client -> proxy -> upstream; the upstream beside the client, so both legs cross."""
     port, listen = port_of(18090, mode), port_of(18080, mode)
-    upstream = _SITE.format(port=port, home="HOME")
+    upstream = _SITE.format(at=place.reach.listen(port), home="HOME")
     nginx_start(place, mode, Site("upstream", upstream, port, client_side=True))
-    proxy = _PROXY.format(address=CLIENT_ADDRESS, port=port, listen=listen)
+    proxy = _PROXY.format(
+        address=host(place.reach.client), port=port, at=place.reach.listen(listen)
+    )
     nginx_start(place, mode, Site("proxy", proxy, listen))
 
 
-def _nginx_measures(legs: int) -> Callable[[Path, int], list[Measure]]:
+def _nginx_measures(legs: int) -> Callable[[Reach, int], list[Measure]]:
     name = "nginx" if legs == 1 else "nginx-proxy"
 
     def small(text: str) -> Reading:
@@ -270,11 +301,11 @@ def _nginx_measures(legs: int) -> Callable[[Path, int], list[Measure]]:
         count = number(r"^\s+(\d+) requests in", text, "wrk")
         return Reading(rate, Volume("bytes", legs * count * _BODY))
 
-    def measures(_: Path, seconds: int) -> list[Measure]:
+    def measures(reach: Reach, seconds: int) -> list[Measure]:
         head = ["wrk", "-t", "1", "-c", "32", "-d", f"{seconds}s"]
 
         def ask(path: str) -> Callable[[Mode], list[str]]:
-            return lambda mode: [*head, f"http://{SERVER_ADDRESS}:{port_of(18080, mode)}{path}"]
+            return lambda mode: [*head, f"http://{reach.at(port_of(18080, mode))}{path}"]
 
         unit = "requests/s"
         return [
@@ -289,11 +320,12 @@ def _churn_serve(place: Place, mode: Mode) -> None:
     """The local server of a mode, and once the off-node stand-in: outside the cgroup."""
     _nginx_serve(place, mode)
     if mode is Mode.DEFAULT:
-        site = Site("off-node", _SITE.format(port=_OFF_NODE, home="HOME"), _OFF_NODE)
+        body = _SITE.format(at=place.reach.listen(_OFF_NODE), home="HOME")
+        site = Site("off-node", body, _OFF_NODE)
         nginx_start(place, mode, site)
 
 
-def _churn_measures(_: Path, seconds: int) -> list[Measure]:
+def _churn_measures(reach: Reach, seconds: int) -> list[Measure]:
     """Connect, request, close: every request on a connection of its own."""
     head = ["wrk", "-t", "1", "-c", "8", "-d", f"{seconds}s", "-H", "Connection: close"]
 
@@ -306,14 +338,14 @@ def _churn_measures(_: Path, seconds: int) -> list[Measure]:
         return read
 
     def local(mode: Mode) -> list[str]:
-        return [*head, f"http://{SERVER_ADDRESS}:{port_of(18080, mode)}/small"]
+        return [*head, f"http://{reach.at(port_of(18080, mode))}/small"]
 
     def off_node(_: Mode) -> list[str]:
-        return [*head, f"http://{SERVER_ADDRESS}:{_OFF_NODE}/small"]
+        return [*head, f"http://{reach.at(_OFF_NODE)}/small"]
 
     unit = "connections/s"
     return [
-        Measure("churn", "local", unit, False, REQUESTS_FLOOR, local, parse(2)),
+        Measure("churn", "local", unit, False, REQUESTS_FLOOR, local, parse(2), short=True),
         Measure("churn", "off-node", unit, False, 0.0, off_node, parse(1), off_node=True),
     ]
 
@@ -345,7 +377,7 @@ def _postgres_serve(place: Place, mode: Mode) -> None:
         flags = ["--auth=trust", "--username=bench", "--no-sync", "--encoding=UTF8"]
         place.once([*change, find("initdb") or "initdb", "-D", str(data), *flags])
         with (data / "pg_hba.conf").open("a") as rules:
-            rules.write("host all all 10.99.0.0/24 trust\n")
+            rules.write("host all all all trust\n")  # who reaches it is in our namespace
     options = {**_SERVER_OPTIONS, "port": str(port), "unix_socket_directories": str(home)}
     flags = [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
     place.serve(mode, [*change, find("postgres") or "postgres", "-D", str(data), *flags], port)
@@ -353,13 +385,13 @@ def _postgres_serve(place: Place, mode: Mode) -> None:
     place.once(["pgbench", *where, "-i", "-q", "-s", "1", "postgres"])
 
 
-def _postgres_measures(home: Path, seconds: int) -> list[Measure]:
-    row = home / "row.sql"
+def _postgres_measures(reach: Reach, seconds: int) -> list[Measure]:
+    row = reach.home / "row.sql"
     row.write_text(f"SELECT repeat('x', {_BODY});\n")
 
     def ask(options: list[str]) -> Callable[[Mode], list[str]]:
         head = ["pgbench", "-n", "-T", str(seconds), "-c", "8", "-U", "bench"]
-        where = ["-h", SERVER_ADDRESS]
+        where = ["-h", reach.server]
         return lambda mode: [
             *head, *where, "-p", str(port_of(15432, mode)), *options, "postgres",
         ]  # fmt: skip
@@ -398,9 +430,9 @@ def iperf_parse(text: str) -> Reading:
         raise UnderpassError("read", "the output of iperf3", cause, "see why") from None
 
 
-def _iperf_measures(_: Path, seconds: int) -> list[Measure]:
+def _iperf_measures(reach: Reach, seconds: int) -> list[Measure]:
     def ask(flags: list[str]) -> Callable[[Mode], list[str]]:
-        head = ["iperf3", "-c", SERVER_ADDRESS, "-t", str(seconds), "-J", *flags]
+        head = ["iperf3", "-c", reach.server, "-t", str(seconds), "-J", *flags]
         return lambda mode: [*head, "-p", str(port_of(IPERF_PORT, mode))]
 
     return [

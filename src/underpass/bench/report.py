@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,6 @@ from rich.table import Table
 
 from underpass import __version__
 from underpass.bench import drawing
-from underpass.bench.bed import Way
 from underpass.bench.compare import (
     ALSO,
     HALF,
@@ -29,7 +29,8 @@ from underpass.bench.compare import (
     failures,
 )
 from underpass.bench.runner import Plan
-from underpass.errors import UnderpassError
+from underpass.bench.way import Way
+from underpass.errors import UnderpassError, Usage
 from underpass.model import plain
 
 _BYPASSES = (Mode.SHORTCUT, Mode.NAIVE)
@@ -155,11 +156,13 @@ def _table(title: str, outcomes: Sequence[Outcome]) -> Table:
     names = ("Test", "Unit", "Shortcut", "Default", "Ratio", *(["Naive"] if naive else []))
     for name in (*names, "Carried"):
         table.add_column(name, justify="left" if name in ("Test", "Unit") else "right")
+    several = len({o.row.test for o in outcomes}) > 1
     for outcome in outcomes:
         spreads = [cell(outcome.spread(m)) for m in (Mode.SHORTCUT, Mode.DEFAULT)]
         row = outcome.row
+        label = f"{row.test}: {row.label}" if several else row.label
         spreads += [ratio_cell(outcome), *([naive_cell(outcome)] if naive else [])]
-        table.add_row(row.label, row.unit, *spreads, carried_cell(outcome))
+        table.add_row(label, row.unit, *spreads, carried_cell(outcome))
     return table
 
 
@@ -172,7 +175,7 @@ def _also_table(title: str, outcomes: Sequence[Outcome]) -> Table:
         table.add_column(mode.value.capitalize() if mode is not Mode.UNIX else "AF_UNIX",
                          justify="right")  # fmt: skip
     for outcome in outcomes:
-        label = f"{outcome.row.test} {outcome.row.label}"
+        label = f"{outcome.row.test}: {outcome.row.label}"
         told = {mode: outcome.also(mode) for mode in modes}
         for name, words in ALSO.items():
             if any(name in each for each in told.values()):
@@ -188,6 +191,7 @@ def document(plan: Plan, way: Way, outcomes: Sequence[Outcome], started: float) 
         "ok": not wrong,
         "failures": wrong,
         "path": str(way),
+        "path_counter": way.counter,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "duration_seconds": round(time.time() - started, 1),
         "settings": {
@@ -263,7 +267,22 @@ def versions(plan: Plan) -> dict[str, str]:
         if flags:
             said = subprocess.run([program, *flags], capture_output=True, text=True, check=False)
             found[program] = (said.stdout + said.stderr).strip().splitlines()[0]
-    return found
+    return {**found, **plan.workload.beside()}
+
+
+def check(directory: Path) -> None:
+    """Refuse a directory that cannot be written before anything is measured for it.
+
+    Raises:
+        Usage: it cannot.
+    """
+    try:
+        there = next(each for each in (directory, *directory.absolute().parents) if each.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except (OSError, ValueError) as error:
+        cause = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise Usage("write to", directory, cause, "name another directory") from None
 
 
 def write(result: dict[str, Any], directory: Path) -> None:

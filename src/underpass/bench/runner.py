@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from underpass import dataplane
 from underpass.bench import probe
@@ -23,6 +25,7 @@ from underpass.bench.compare import (
 from underpass.bench.naive import Naive
 from underpass.bench.processes import Group, listens, wait_for
 from underpass.bench.programs import Measure, Workload
+from underpass.bench.way import Reach
 from underpass.dataplane import Dataplane
 from underpass.errors import NotLoaded, UnderpassError
 from underpass.model import Counters, Settings
@@ -32,6 +35,8 @@ _GRACE = 30.0
 #: The naive bypass hangs programs for ever now and then; nobody should wait for all of them.
 _NAIVE_GRACE = 10.0
 _SERVER_START = 30.0
+#: A run begins when the counters have stood still for so long, or after so long at most.
+_STILL, _SETTLE = 0.02, 5.0
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,23 @@ class Plan:
 
     def estimate(self, rows: int) -> float:
         """Seconds that all of it takes, about."""
-        once = len(self.served) * self.seconds + self.unix_milliseconds / 1000
+        run = self.seconds + self.workload.rest
+        once = len(self.served) * run + self.unix_milliseconds / 1000
         return len(self.placements) * (rows * self.rounds * once + 3)
+
+
+def covering(cgroup: Path, pins: Sequence[Path]) -> dict[Path, Path]:
+    """Those of the generations at ``pins`` that cover a cgroup -> what they are attached to."""
+    found = {}
+    for path in dict.fromkeys(pins):
+        try:
+            plane = Dataplane.open(path)
+        except NotLoaded:
+            continue
+        with plane:
+            if cgroup.is_relative_to(plane.cgroup):
+                found[path] = plane.cgroup
+    return found
 
 
 def refuse_if_covered(cgroup: Path, pins: Sequence[Path]) -> None:
@@ -73,22 +93,30 @@ def refuse_if_covered(cgroup: Path, pins: Sequence[Path]) -> None:
     Raises:
         UnderpassError: one does.
     """
-    for path in dict.fromkeys(pins):
-        try:
-            plane = Dataplane.open(path)
-        except NotLoaded:
-            continue
-        with plane:
-            if cgroup.is_relative_to(plane.cgroup):
-                cause = f"the generation at {path} covers {plane.cgroup}, default runs too"
-                raise UnderpassError("measure in", cgroup, cause, "run `underpass down` first")
+    for path, attached in covering(cgroup, pins).items():
+        cause = f"the generation at {path} covers {attached}, default runs too"
+        raise UnderpassError("measure in", cgroup, cause, "run `underpass down` first")
+
+
+class Ground(Protocol):
+    """What a generation of the benchmark's own needs: a place for its pins, and a cgroup."""
+
+    @property
+    def pins(self) -> Path:
+        """Where it goes."""
+
+    @property
+    def shortcut(self) -> Group:
+        """What it is attached to."""
 
 
 @contextmanager
-def generation(bed: Bed) -> Iterator[Dataplane]:
+def generation(
+    bed: Ground, settings: Settings = Settings(admit_unknown=True)
+) -> Iterator[Dataplane]:
     """A generation of the benchmark's own, for its shortcut cgroup only."""
     try:
-        dataplane.up(bed.pins, bed.shortcut.path, Settings(admit_unknown=True))
+        dataplane.up(bed.pins, bed.shortcut.path, settings)
         with Dataplane.open(bed.pins) as plane:
             yield plane
     finally:
@@ -105,15 +133,21 @@ class Stage:
     """One placement in the bed: starts servers, runs clients. A ``programs.Place``."""
 
     def __init__(self, bed: Bed, placement: Placement) -> None:
-        self._bed, self.placement = bed, placement
+        self.bed, self.placement = bed, placement
 
-    def _group(self, mode: Mode) -> Group:
-        own = {Mode.SHORTCUT: self._bed.shortcut, Mode.NAIVE: self._bed.naive}
-        return own.get(mode, self._bed.default)
+    def group(self, mode: Mode) -> Group:
+        """The cgroup of a mode."""
+        own = {Mode.SHORTCUT: self.bed.shortcut, Mode.NAIVE: self.bed.naive}
+        return own.get(mode, self.bed.default)
+
+    @property
+    def reach(self) -> Reach:
+        """How the two ends reach each other."""
+        return self.bed.reach
 
     def directory(self, name: str) -> Path:
         """A directory in the bed's, made if it is not there."""
-        path = self._bed.directory / name
+        path = self.bed.directory / name
         path.mkdir(exist_ok=True)
         return path
 
@@ -123,10 +157,10 @@ class Stage:
         Raises:
             UnderpassError: it ended or did not listen; tells its last words.
         """
-        netns = self._bed.client_netns if client_side else self._bed.server_netns
+        netns = self.bed.client_netns if client_side else self.bed.server_netns
         cpus = self.placement.client_cpus if client_side else self.placement.server_cpus
-        log = self._bed.directory / f"{Path(argv[0]).name}-{port}.log"
-        child = self._group(mode).spawn(argv, netns, cpus, log)
+        log = self.bed.directory / f"{Path(argv[0]).name}-{port}.log"
+        child = self.group(mode).spawn(argv, netns, cpus, log)
         wait_for(lambda: child.poll() is not None or listens(child.pid, port), _SERVER_START)
         if child.poll() is not None or not listens(child.pid, port):
             said = " ".join(log.read_text(errors="replace").split())[-200:] or "it said nothing"
@@ -134,18 +168,18 @@ class Stage:
 
     def once(self, argv: list[str]) -> str:
         """Run a set-up program on this machine's own side, outside both namespaces."""
-        return self._bed.default.run(argv, None, sorted(os.sched_getaffinity(0)), 60)
+        return self.bed.default.run(argv, None, sorted(os.sched_getaffinity(0)), 60)
 
     def client(self, mode: Mode, argv: list[str], seconds: float) -> str:
         """Run a client to its end and return what it printed."""
-        cpus, netns = self.placement.client_cpus, self._bed.client_netns
+        cpus, netns = self.placement.client_cpus, self.bed.client_netns
         grace = _NAIVE_GRACE if mode is Mode.NAIVE else _GRACE
-        return self._group(mode).run(argv, netns, cpus, seconds + grace)
+        return self.group(mode).run(argv, netns, cpus, seconds + grace)
 
     def end_servers(self, modes: Sequence[Mode]) -> None:
         """End what was started in these modes."""
         for mode in modes:
-            self._group(mode).end()
+            self.group(mode).end()
 
 
 def moved(before: Counters, after: Counters) -> Moved:
@@ -196,7 +230,7 @@ class Comparison:
                 stack.callback(stage.end_servers, self._plan.served)
                 for mode in self._plan.served:
                     self._plan.workload.serve(stage, mode)
-                measures = self._plan.workload.measures(self._bed.directory, self._plan.seconds)
+                measures = self._plan.workload.measures(self._bed.reach, self._plan.seconds)
                 outcomes.extend(self._row(measure, stage) for measure in measures)
         return outcomes
 
@@ -216,13 +250,32 @@ class Comparison:
         return Outcome(row, tuple(samples), tuple(broken))
 
     def _sample(self, measure: Measure, mode: Mode, stage: Stage, number: int) -> Sample:
+        self._settle()
+        path = self._bed.passed()
         before, spent, aside = self._plane.counters(), self._bed.cpu_seconds(), self._redirected()
         reading = self._once(measure, mode, stage)
         after, now, beyond = self._plane.counters(), self._bed.cpu_seconds(), self._redirected()
+        path = self._bed.passed() - path
         messages, size = (end - start for end, start in zip(beyond, aside, strict=True))
-        difference = replace(moved(before, after), naive_messages=messages, naive_bytes=size)
+        difference = replace(
+            moved(before, after), naive_messages=messages, naive_bytes=size, path_packets=path
+        )
         used = None if spent is None or now is None else now - spent
         return Sample(mode, number, reading, difference, used)
+
+    def _settle(self) -> None:
+        """What the run before left under way must not be counted to the next."""
+        last, since = self._plane.counters(), time.monotonic()
+
+        def still() -> bool:
+            nonlocal last, since
+            time.sleep(_STILL)
+            before, last = last, self._plane.counters()
+            if before != last:
+                since = time.monotonic()
+            return time.monotonic() - since >= max(_STILL, self._plan.workload.rest)
+
+        wait_for(still, _SETTLE)
 
     def _redirected(self) -> tuple[int, int]:
         return self._naive.redirected() if self._naive else (0, 0)

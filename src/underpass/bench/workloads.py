@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from underpass.bench import idle, mixed, parallel
+from underpass.bench import idle, meshed, mixed, parallel
 from underpass.bench.programs import PROGRAMS, Workload
 from underpass.errors import Usage
 
@@ -15,6 +15,7 @@ WORKLOADS = {
         parallel.workload(parallel.SIZE),
         mixed.WORKLOAD,
         idle.workload(idle.PAIRS),
+        meshed.WORKLOAD,
     )
 }
 

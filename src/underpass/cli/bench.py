@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -13,11 +14,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from underpass import namespaces
-from underpass.bench import bed, chart, idle, naive, page, parallel, probe, report, runner
+from underpass.bench import (
+    bed,
+    chart,
+    idle,
+    kubernetes,
+    naive,
+    page,
+    parallel,
+    probe,
+    report,
+    runner,
+)
 from underpass.bench.compare import Outcome, Placement, failures
 from underpass.bench.programs import missing
+from underpass.bench.way import Way
 from underpass.bench.workloads import WORKLOADS, choose
-from underpass.cli import output
+from underpass.cli import bench_kubernetes, output
 from underpass.cli.interrupt import interruptible
 from underpass.dataplane import DEFAULT_PINS
 from underpass.errors import UnderpassError, Usage
@@ -30,7 +43,7 @@ path_option = click.option(
     "way",
     default="bridge",
     show_default=True,
-    metavar="bridge|iptables:N|ovs",
+    metavar="bridge|ipv6|iptables:N|ovs",
     help="What lies between the two namespaces.",
 )
 
@@ -59,6 +72,15 @@ def choose_placements(name: str, cpus: str | None) -> tuple[Placement, ...]:
         "free": (tuple(chosen), tuple(chosen)),
     }
     return tuple(Placement(each, *kinds[each]) for each in names)
+
+
+@dataclass(frozen=True)
+class _Output:
+    """Where the results go."""
+
+    directory: Path | None
+    page: Path | None
+    as_json: bool
 
 
 class _Reporter:
@@ -98,6 +120,12 @@ class _Reporter:
 
 @click.command(short_help="Default against shortcut, measured here and now.")
 @click.option("--workload", type=click.Choice(list(WORKLOADS)), default="qperf", show_default=True)
+@click.option(
+    "--mesh",
+    "workload",
+    flag_value="mesh",
+    help="The same as --workload mesh: through two real Envoy sidecars.",
+)
 @path_option
 @click.option(
     "--placement",
@@ -124,6 +152,23 @@ class _Reporter:
     "with_naive",
     is_flag=True,
     help="Also a bypass that promises nothing, to show what the promise costs.",
+)
+@click.option(
+    "--kubernetes",
+    "on_kubernetes",
+    is_flag=True,
+    help="Two pods on a node of a cluster on which underpass runs, by kubectl; those of default "
+    "runs opt out.",
+)
+@click.option(
+    "--kubeconfig",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="With --kubernetes: of the cluster.  [default: kubectl's own]",
+)
+@click.option("--node", help="With --kubernetes: its name.  [default: one that underpass is on]")
+@click.option(
+    "--image",
+    help=f"With --kubernetes: an image with qperf and sleep.  [default: {kubernetes.IMAGE}]",
 )
 @click.option("--quick", is_flag=True, help="About 75 seconds: 2 rounds, one core.")
 @click.option(
@@ -152,6 +197,10 @@ def bench(  # noqa: PLR0913, PLR0917 - one argument an option
     size: int | None,
     pairs: int | None,
     with_naive: bool,
+    on_kubernetes: bool,
+    kubeconfig: Path | None,
+    node: str | None,
+    image: str | None,
     quick: bool,
     directory: Path | None,
     target: Path | None,
@@ -162,7 +211,30 @@ def bench(  # noqa: PLR0913, PLR0917 - one argument an option
     Two network namespaces, a cgroup and a generation of its own; a running installation is not
     touched. Fails if the kernel's counters do not bear the comparison out.
     """
+    shown = _Output(directory, target, as_json)
+    if target:
+        page.check(target)
+    if directory:
+        report.check(directory)
+    if on_kubernetes:
+        other = workload if workload != "qperf" else None
+        kubernetes.refuse(
+            {"--naive": with_naive, "--placement": placement, "--cpus": cpus, "--workload": other}
+            | {"--path": way if way != "bridge" else None, "--size": size, "--pairs": pairs},
+            with_cluster=True,
+        )
+        count = rounds or (2 if quick else 5)
+        where = kubernetes.Kubectl(kubeconfig)
+        image = image or kubernetes.IMAGE
+        wanted = bench_kubernetes.Wanted(where, node, image, count, seconds)
+        _show(*bench_kubernetes.run(wanted, _Reporter), shown)
+        return
+    of_a_cluster = {"--kubeconfig": kubeconfig, "--node": node, "--image": image}
+    kubernetes.refuse(of_a_cluster, with_cluster=False)
     chosen = choose(workload, size=size, pairs=pairs)
+    if with_naive and chosen.behind_nat:
+        cause = f"NAT hides the connections of workload {workload} from the naive bypass"
+        raise Usage("use", "--naive", cause, "leave it out")
     if placement is None:
         placement = "free" if workload != "qperf" else "one-core" if quick else "both"
     plan = runner.Plan(
@@ -173,9 +245,9 @@ def bench(  # noqa: PLR0913, PLR0917 - one argument an option
         (100 if quick else 200) if chosen.unix and probe.available() else 0,
         with_naive,
     )
-    path = bed.Way.parse(way)
-    if target:
-        page.check(target)
+    path = Way.parse(way)
+    if with_naive:
+        path.refuse_naive()
     if os.geteuid() != 0:
         raise UnderpassError("run", "the benchmark", "it makes namespaces", "run as root")
     missing(chosen)
@@ -191,7 +263,7 @@ def bench(  # noqa: PLR0913, PLR0917 - one argument an option
             runner.generation(here) as plane,
             ExitStack() as stack,
         ):
-            rows = len(chosen.measures(here.directory, seconds))
+            rows = len(chosen.measures(here.reach, seconds))
             minutes = plan.estimate(rows) / 60
             click.echo(f"{rows} rows, about {minutes:.1f} minutes; {path}", err=True)
             total = rows * len(plan.placements) * plan.rounds * len(plan.modes)
@@ -200,25 +272,21 @@ def bench(  # noqa: PLR0913, PLR0917 - one argument an option
                 kernel = (plane, bypass)
                 outcomes = runner.Comparison(plan, here, kernel, reporter.done).run()
     document = report.document(plan, path, outcomes, started)
-    if target:
-        page.write(document, target)
-    _show(document, outcomes, plan, directory, as_json)
+    _show(document, outcomes, plan, shown)
 
 
 def _show(
-    document: dict[str, object],
-    outcomes: list[Outcome],
-    plan: runner.Plan,
-    directory: Path | None,
-    as_json: bool,
+    document: dict[str, object], outcomes: list[Outcome], plan: runner.Plan, wanted: _Output
 ) -> None:
-    if as_json:
+    if wanted.page:
+        page.write(document, wanted.page)
+    if wanted.as_json:
         output.print_json(document)
     else:
         report.print_tables(outcomes, plan, document, output.console(markup=True, width=200))
-    if directory:
-        report.write(document, directory)
-        problem = chart.draw(outcomes, plan, document, directory)
+    if wanted.directory:
+        report.write(document, wanted.directory)
+        problem = chart.draw(outcomes, plan, document, wanted.directory)
         if problem:
             click.echo(problem, err=True)
     wrong = failures(outcomes)
