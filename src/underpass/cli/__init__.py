@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from pathlib import Path
 
 import click
 
-from underpass import __version__
-from underpass.cli import output
+from underpass import __version__, namespaces
+from underpass.cli import interrupt, output
 from underpass.errors import UnderpassError, Usage
 
 _USUAL_PINS = Path("/sys/fs/bpf/underpass")  # dataplane.DEFAULT_PINS, which is slow to import
@@ -21,14 +22,21 @@ _COMMANDS = {
     "down": "down",
     "status": "status",
     "connections": "connections",
+    "top": "top",
     "explain": "explain",
+    "adopt": "adopt",
     "pause": "pause",
     "resume": "pause",
     "guard": "guard",
+    "policy": "policy",
+    "agent": "agent",
     "doctor": "doctor",
     "calibrate": "calibrate",
     "bench": "bench",
     "torture": "torture",
+    "bugreport": "bugreport",
+    "completion": "completion",
+    "man": "completion",
 }
 
 
@@ -72,16 +80,28 @@ def cli(ctx: click.Context, pins: Path) -> None:
       1  a check failed or an operation did not complete
       2  usage
       4  kernel unsupported
+    130  interrupted
     """  # noqa: D301 - to click, a real \b says that lines stay as they are
     ctx.obj = Path(os.path.normpath(pins.absolute()))
     if not ctx.obj.name:
         raise Usage("pin in", ctx.obj, "it has no name", "name a directory in a bpffs")
     if ctx.obj != _USUAL_PINS:
         output.act_on(ctx.obj)
+    namespaces.join_host_cgroups()
 
 
 def main() -> None:
     """Run the command line; every error ends in one line on stderr and an exit code."""
+    try:
+        with interrupt.raised():
+            _run()
+    except interrupt.Signalled as stopped:
+        if stopped.number != signal.SIGINT:
+            signal.raise_signal(stopped.number)  # as without a handler: it is undone by now
+        output.fail("interrupted; run the command again to go on", 128 + stopped.number)
+
+
+def _run() -> None:
     output.open_streams()
     try:
         code = cli.main(prog_name="underpass", standalone_mode=False)

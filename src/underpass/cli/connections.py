@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from underpass import dataplane
+from underpass import dataplane, kept, naming
 from underpass.cli import output
 from underpass.errors import NotLoaded
 from underpass.model import Direction, Pair, Reason
@@ -21,7 +21,8 @@ def connections(pins: Path, as_json: bool) -> None:
     up = True
     try:
         with dataplane.opened(pins) as planes:
-            pairs = [pair for plane in planes for pair in plane.pairs()]
+            seen = kept.read_pods(pins)
+            pairs = naming.pairs(planes, seen.pods if seen else ())
     except NotLoaded:
         up = False
     if as_json:
@@ -30,16 +31,23 @@ def connections(pins: Path, as_json: bool) -> None:
     if not pairs:
         output.say("no open pairs" if up else "no open pairs: underpass is not up")
         return
-    titles = ("CLIENT", "NETNS", "SERVER", "NETNS", "CLIENT TO SERVER", "SERVER TO CLIENT")
+    titles = (
+        "CLIENT",
+        "POD OR NETNS",
+        "SERVER",
+        "POD OR NETNS",
+        "CLIENT TO SERVER",
+        "SERVER TO CLIENT",
+    )
     click.echo(output.columns([titles, *map(_row, pairs)]))
 
 
 def _row(pair: Pair) -> tuple[str, ...]:
     return (
         str(pair.client),
-        pair.client.netns,
+        pair.client.pod or pair.client.netns,
         str(pair.server),
-        pair.server.netns,
+        pair.server.pod or pair.server.netns,
         _words(pair.client_to_server),
         _words(pair.server_to_client),
     )

@@ -20,7 +20,7 @@ _MARKS = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "failed": "[red]✗[
 def doctor(pins: Path, as_json: bool) -> int:
     """Check kernel, node and neighbours, by really loading and trying; takes a few seconds.
 
-    The self-test runs in a cgroup and on pins of its own and touches nothing else.
+    The self-test runs in a cgroup and on pins of its own; a bpffs is mounted if there is none.
     """
     found: list[features.Check] = []
     console = output.console(markup=True)

@@ -83,6 +83,11 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(plain(value), indent=2))
 
 
+def warn(line: str) -> None:
+    """A line for people on stderr, where what was asked for has been done all the same."""
+    click.echo(f"underpass: {runnable(line)}", err=True)
+
+
 def fail(line: str, code: int) -> NoReturn:
     """Print the one line of an error on stderr and exit."""
     try:
@@ -97,6 +102,11 @@ def silence(stream: TextIO) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)
+
+
+def many(count: int, thing: str) -> str:
+    """``1 rule``, ``2 rules``."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
 def size(count: float) -> str:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from underpass.cli import output
 from underpass.cli.interrupt import interruptible
+from underpass.cli.seconds import Seconds
 from underpass.errors import UnderpassError
 from underpass.model import Fault
 from underpass.torture import bed, schedule
@@ -72,9 +73,7 @@ def _table(figures: dict[str, str]) -> Table:
 
 
 @click.command(short_help="Check every byte while everything is disturbed.")
-@click.option(
-    "--seconds", type=click.FloatRange(1, 86400), default=60, show_default=True, help="How long."
-)
+@click.option("--seconds", type=Seconds(1, 86400), default=60, show_default=True, help="How long.")
 @click.option("--connections", type=click.IntRange(1), help="End earlier, after so many.")
 @click.option("--seed", type=click.IntRange(0), help="Draws the plan.  [default: a random one]")
 @click.option(
@@ -126,6 +125,7 @@ def _show(result: Result) -> None:
         "messages by TCP": by_tcp,
         "disturbances": ", ".join(f"{n} {act}" for act, n in result.disturbances.items()),
         "processes killed": str(result.killed),
+        "taken in while open": f"{result.adopted:,}",
         "blocking reads woken early": str(result.woken),
         "errors": str(len(result.errors)),
         "leaks": str(len(result.leaks)),

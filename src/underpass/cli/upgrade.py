@@ -8,8 +8,9 @@ from pathlib import Path
 import click
 
 from underpass import calibration, config, dataplane
+from underpass.bringup import fionread_broken
 from underpass.cli import output
-from underpass.cli.up import admit_unknown, fionread_broken
+from underpass.cli.up import admit_unknown
 
 
 @click.command()

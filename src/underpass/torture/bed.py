@@ -12,8 +12,8 @@ import re
 from pathlib import Path
 
 from underpass import dataplane, namespaces, pinning
-from underpass.bench.bed import delete_netns, inside
-from underpass.bench.processes import alive, end_members, run_tool
+from underpass.bench.bed import delete_netns
+from underpass.bench.processes import alive, end_members, inside, run_tool
 from underpass.errors import UnderpassError
 from underpass.torture.schedule import ADDRESS4, ADDRESS6, LOCAL_PORTS, PODS, TCP_BUFFER
 from underpass.torture.worker import Place, Worker

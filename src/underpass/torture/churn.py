@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import itertools
 import multiprocessing
+import os
 import select
-import signal
 import socket
 import struct
 import threading
@@ -21,13 +20,13 @@ from underpass.bench.processes import wait_for
 from underpass.torture.content import Sink, WrongBytesError, content
 from underpass.torture.patience import patient
 from underpass.torture.plans import family_of
+from underpass.torture.worker import die_with
 
 _NUMBER = struct.Struct("!Q")
 _LIMIT = 20.0
 _TIMEOUT = struct.pack("ll", int(patient(_LIMIT)), 0)
 _LINGER_NONE = struct.pack("ii", 1, 0)
 _ENOUGH = 20
-_PR_SET_PDEATHSIG = 1
 _READ = 64 << 10
 _ABANDONED = threading.Event()
 """Set: the server's process is dead."""
@@ -95,9 +94,21 @@ def _listen(churn: Churn) -> socket.socket:
     # accepted sockets inherit both
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEOUT)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    listener.bind(churn.address)
+    # the children of a server that was killed before us may be on their way out
+    if not wait_for(lambda: _bound(listener, churn.address), _LIMIT):
+        raise OSError(errno.EADDRINUSE, f"bind to {churn.address}")
     listener.listen(4096)
     return listener
+
+
+def _bound(listener: socket.socket, address: tuple[str, int]) -> bool:
+    try:
+        listener.bind(address)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return False
+    return True
 
 
 def _answer_any(listeners: list[socket.socket], churn: Churn) -> list[str]:
@@ -114,10 +125,10 @@ def _answer_any(listeners: list[socket.socket], churn: Churn) -> list[str]:
 
 def _accept_forked(listener: socket.socket, parts: list[int], churn: Churn) -> list[str]:
     fork = multiprocessing.get_context("fork")
-    results = fork.SimpleQueue()
+    results, parent = fork.SimpleQueue(), os.getpid()
 
     def serve(count: int) -> None:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with(parent)
         results.put(_accept_all(listener, count, churn))
 
     children = [fork.Process(target=serve, args=(part,)) for part in parts]

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from underpass.errors import UnderpassError
 from underpass.torture.generation import Generation
-from underpass.torture.schedule import TORTURED, Act, Disturbance, disturbances
+from underpass.torture.schedule import LANES, TORTURED, Act, Disturbance, disturbances
 
 _DRAIN_SECONDS = 6.0
 
@@ -19,6 +19,7 @@ class Books(Protocol):
 
     disturbances: Counter[str]
     killed: int
+    adopted: int
     leaks: list[str]
 
     def fail(self, lines: list[str]) -> None:
@@ -53,6 +54,8 @@ class Disturber(threading.Thread):
             Act.CYCLE: self._cycle,
             Act.UPGRADE: self._upgrade,
             Act.KILL: self._kill,
+            Act.ADOPT: self._adopt,
+            Act.POLICY: self._policy,
         }
 
     def run(self) -> None:
@@ -89,6 +92,14 @@ class Disturber(threading.Thread):
         if not self._generation.upgrade(TORTURED[disturbance.settings]):
             self._books.disturbances["upgrade-refused"] += 1
         self._generation.set_forced(self._share)
+
+    def _adopt(self, _: Disturbance) -> None:
+        self._books.adopted += self._generation.adopt()
+
+    def _policy(self, disturbance: Disturbance) -> None:
+        self._generation.deny_port(LANES[disturbance.lane].port)
+        self._stopping.wait(disturbance.seconds)
+        self._generation.deny_port(None)
 
     def _kill(self, disturbance: Disturbance) -> None:
         self._books.killed += self._kills[disturbance.lane](disturbance.side)

@@ -243,6 +243,8 @@ class Machine:
         self._shut = self._refused = False
         self.starts = 0.0
         """When the step begins: `time.monotonic`."""
+        self.begun = False
+        """Whether it was looked at since."""
         self._until_sent = self._until_received = 0
         self._begin()
 
@@ -251,7 +253,7 @@ class Machine:
         self._until_sent = self.endpoint.sent + step.send
         self._until_received = self.endpoint.sink.offset + step.receive
         self._shut = self._refused = False
-        self.starts = time.monotonic() + step.wait
+        self.starts, self.begun = time.monotonic() + step.wait, False
         self._over = not (step.eof or step.expect_reset or step.receive == FOREVER)
 
     @property
@@ -294,16 +296,17 @@ class Machine:
 
     def advance(self) -> bool:
         """Do what can be done now; whether it only stopped to let others run."""
-        if self.waits:
-            return False
         turns = _TURNS if self.edge else 1
         for _ in range(turns):
+            if self.waits:
+                return False
+            self.begun = True
             moved = self._send() | self._receive()
             while self._finish_step():
                 if self.done:
                     return False
                 moved = True
-            if not moved or self.waits:
+            if not moved:
                 return False
         return self.edge
 
@@ -386,9 +389,8 @@ class Loop:
         number = machine.endpoint.sock.fileno()
         self._machines[number] = machine
         self._interests[number] = machine.interest
-        if machine.waits:
-            self._waiting.add(number)
         self._epoll.register(number, machine.interest)
+        self._waiting.add(number)  # behind it: who begins is no more to be registered
 
     def run(self) -> None:
         """Play until all expected machines are done or the deadline is over."""
@@ -434,7 +436,7 @@ class Loop:
             machine.close()
             self._end(machine, None)
             return False
-        if machine.waits:
+        if not machine.begun:  # it waits, or did when it was asked
             self._waiting.add(number)
         if machine.interest != self._interests[number]:
             self._interests[number] = machine.interest

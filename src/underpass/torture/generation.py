@@ -6,11 +6,12 @@ import threading
 from collections import Counter
 from pathlib import Path
 
-from underpass import dataplane, records
+from underpass import adoption, dataplane, records
 from underpass.bench.processes import wait_for
 from underpass.dataplane import Dataplane
 from underpass.errors import UnderpassError
 from underpass.model import Fault, Reason, Settings
+from underpass.policy import Compiled
 from underpass.torture.kernel_objects import pinned
 
 _GONE_WITHIN = 20.0
@@ -23,6 +24,9 @@ _TURNED = (
     Reason.NODE_BUDGET,
     Reason.NODE_MEMORY,
     Reason.READER_WAITS,
+    Reason.REPROOF,
+    Reason.READER_BUSY,
+    Reason.CGROUP_MEMORY,
 )
 
 
@@ -57,6 +61,11 @@ class Generation:
         with self._lock:
             self._open()
         return True
+
+    def adopt(self) -> int:
+        """Take in what is on TCP, also what has just left; how many connections that were."""
+        taken, _ = adoption.summary(adoption.adopt(self.pins, first_wait=0))
+        return taken
 
     def _open(self) -> None:
         plane = Dataplane.open(self.pins)
@@ -94,6 +103,10 @@ class Generation:
             for plane in self._planes:
                 plane.set_paused(paused)
 
+    def deny_port(self, port: int | None) -> None:
+        """Let a policy keep this port of servers on TCP; None = let there be none."""
+        dataplane.set_policy(self.pins, None if port is None else _denying(port))
+
     def leaks(self) -> list[str]:
         """What is in the maps although every connection is closed; waits for late ends."""
         planes = list(self._planes)
@@ -125,6 +138,19 @@ class Generation:
                 self._messages.update(_messages(plane))
                 plane.close()
             self._planes.clear()
+
+
+def _denying(port: int) -> Compiled:
+    return Compiled(
+        allow=0,
+        default_allow=True,
+        any_port=0,
+        any_cidr=1,
+        unknown_group=1,
+        groups={},
+        ports={port: 1},
+        cidrs={},
+    )
 
 
 def _messages(plane: Dataplane) -> dict[str, int]:

@@ -53,6 +53,7 @@ class Tally:
     bytes: int = 0
     woken: int = 0
     killed: int = 0
+    adopted: int = 0
     disturbances: Counter[str] = field(default_factory=Counter)
     errors: list[str] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
@@ -89,6 +90,7 @@ class Result:
     messages: dict[str, object]
     disturbances: dict[str, int]
     killed: int
+    adopted: int
     woken: int
     errors: list[str]
     leaks: list[str]
@@ -337,6 +339,7 @@ def _result(run: Torture, seconds: float) -> Result:
         },
         disturbances=dict(tally.disturbances),
         killed=tally.killed,
+        adopted=tally.adopted,
         woken=tally.woken,
         errors=tally.errors,
         leaks=tally.leaks,

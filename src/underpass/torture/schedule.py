@@ -252,11 +252,11 @@ _ADMITTING = Settings(admit_unknown=True, budget_bytes=4 * MIB)
 TORTURED = (
     replace(_ADMITTING, budget_bytes=256 * KIB),
     replace(_ADMITTING, budget_bytes=MIB, budget_messages=64),
-    replace(_ADMITTING, capacity=16),
+    replace(_ADMITTING, capacity=16, reproof_seconds=1.0),
     replace(_ADMITTING, node_budget_bytes=16 * MIB),
-    _ADMITTING,
+    replace(_ADMITTING, reproof_seconds=0.2),
 )
-"""What generations are loaded with in turn: budgets small and large, a map that is soon full."""
+"""What generations are loaded with in turn: small and large budgets, a small map, many proofs."""
 
 
 class Act(enum.Enum):
@@ -267,6 +267,8 @@ class Act(enum.Enum):
     CYCLE = "down-up"
     UPGRADE = "upgrade"
     KILL = "kill"
+    ADOPT = "adopt"
+    POLICY = "policy"
 
 
 @dataclass(frozen=True)
@@ -277,9 +279,9 @@ class Disturbance:
         after: seconds of peace before it.
         act: what.
         share: FORCE: share of all messages that go by TCP from now on.
-        seconds: PAUSE: for how long.
+        seconds: PAUSE, POLICY: for how long.
         settings: CYCLE, UPGRADE: index into TORTURED for the next generation.
-        lane, side: KILL: index into LANES, 0 the client, 1 the server.
+        lane, side: KILL: index into LANES, 0 the client, 1 the server; POLICY: lane that is denied.
     """
 
     after: float
@@ -296,11 +298,21 @@ _FIRST = (
     Disturbance(0.5, Act.FORCE, share=0.3),
     Disturbance(0.5, Act.KILL, lane=0, side=1),
     Disturbance(0.5, Act.PAUSE, seconds=0.2),
+    Disturbance(0.5, Act.ADOPT),
+    Disturbance(0.5, Act.POLICY, seconds=0.3, lane=0),
     Disturbance(0.5, Act.UPGRADE, settings=4),
     Disturbance(0.5, Act.FORCE, share=0.0),
 )
 """What also the shortest run shall see."""
-_WEIGHTS = {Act.FORCE: 4, Act.PAUSE: 3, Act.CYCLE: 2, Act.UPGRADE: 3, Act.KILL: 2}
+_WEIGHTS = {
+    Act.FORCE: 4,
+    Act.PAUSE: 3,
+    Act.CYCLE: 2,
+    Act.UPGRADE: 3,
+    Act.KILL: 2,
+    Act.ADOPT: 3,
+    Act.POLICY: 2,
+}
 
 
 def disturbances(seed: int) -> Iterator[Disturbance]:
@@ -314,9 +326,9 @@ def disturbances(seed: int) -> Iterator[Disturbance]:
             after=round(rng.uniform(0.1, 2.0), 2),
             act=act,
             share=rng.choice((0.0, 0.0, 0.0, 0.02, 0.3, 0.9)) if act is Act.FORCE else 0,
-            seconds=round(rng.uniform(0.01, 0.5), 2) if act is Act.PAUSE else 0,
+            seconds=round(rng.uniform(0.01, 0.5), 2) if act in {Act.PAUSE, Act.POLICY} else 0,
             settings=rng.randrange(len(TORTURED)) if act in {Act.CYCLE, Act.UPGRADE} else 0,
-            lane=rng.randrange(len(LANES)) if act is Act.KILL else 0,
+            lane=rng.randrange(len(LANES)) if act in {Act.KILL, Act.POLICY} else 0,
             side=rng.randrange(2) if act is Act.KILL else 0,
         )
 

@@ -48,22 +48,35 @@ class Place:
                 raise OSError(ctypes.get_errno(), f"setns to {self.netns}")
 
 
+def die_with(parent: int) -> None:
+    """Let the calling process end as soon as `parent`, which has just made it, is gone."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it went before that was asked
+        os._exit(1)
+
+
 class WorkerGoneError(Exception):
     """The worker process has ended."""
 
 
 class Worker:
-    """The commanding end of one worker process. It dies with the thread that made it."""
+    """The commanding end of one worker process. It dies with the thread that made it.
 
-    def __init__(self, place: Place) -> None:
+    Args:
+        place: where it lives.
+        label: the last argument of its program, which tells it from others for the guard.
+    """
+
+    def __init__(self, place: Place, label: str = "worker") -> None:
         self.place = place
         self._connection, theirs = Pipe()
         self._pending: dict[int, Future[Any]] = {}
         self._lock = threading.Lock()
         self._calls = 0
         self._gone = threading.Event()
+        words = [str(theirs.fileno()), str(os.getpid()), label]
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "underpass.torture.worker", str(theirs.fileno())],
+            [sys.executable, "-P", "-m", "underpass.torture.worker", *words],
             pass_fds=[theirs.fileno()],
         )
         theirs.close()
@@ -134,8 +147,9 @@ def _answer(connection: Connection[Any, Any], lock: threading.Lock, call: _Call)
 
 def main() -> None:
     """Body of a worker process: enter the place, then answer calls until the commander is gone."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with(int(sys.argv[2]))
+    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal's; the commander's to answer
+        signal.signal(number, signal.SIG_IGN)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
