@@ -18,17 +18,21 @@ from pathlib import Path
 
 from tests.kernel.kernel_objects import wait_gone
 from tests.kernel.waiting import wait_until
+from underpass import kept, pinning
 from underpass.model import Settings
 from underpass.torture.kernel_objects import pinned
+from underpass.torture.patience import patient
 from underpass.torture.worker import Place, Worker
 
 REPOSITORY = Path(__file__).parents[2]
 BPFFS = Path("/sys/fs/bpf")
 NETNS = Path("/run/netns")
-_NAME = re.compile(r"^(?:up-test|underpass-test)-(\d+)(?:-|$)")
+_NAME = re.compile(r"^(?:pods-|policy-)?(?:up-test|underpass-test)-(\d+)(?:-|$)")
 _NUMBERS = itertools.count(1)
 
-ADMITTING = Settings(admit_unknown=True)
+USUAL = Settings(reproof_seconds=patient(Settings().reproof_seconds))
+"""As by default; under emulation a test's few messages would meet proofs, too."""
+ADMITTING = replace(USUAL, admit_unknown=True)
 """For tests that are not about the guard: no program is watched first."""
 UNGUARDED = replace(ADMITTING, allow=(Path("/proc/self/exe").readlink().name[:31],))
 """For tests that do on purpose what the guard keeps out."""
@@ -76,7 +80,8 @@ class Bed:
 
     def worker(self, where: str, *, outside: bool = False) -> Worker:
         """A new process in the namespace `where`, killed when the test ends."""
-        worker = Worker(Place(self.netns[where], self.outside if outside else self.cgroup))
+        place = Place(self.netns[where], self.outside if outside else self.cgroup)
+        worker = Worker(place, f"{where}-{len(self.workers)}")  # a program of its own
         self.undo.callback(worker.kill)
         self.workers.append(worker)
         return worker
@@ -95,8 +100,8 @@ class Bed:
     def add_netns(self, where: str) -> None:
         """Add a namespace with only its loopback, reached by no other."""
         name = f"{self.name.replace('underpass-', 'up-')}-{where}"
-        run("ip", "netns", "add", name)
         self.undo.callback(remove_netns, name)
+        run("ip", "netns", "add", name)
         self.netns[where] = name
         self.within(where, "ip", "link", "set", "lo", "up")
         # 100,000 short connections need the ports
@@ -127,11 +132,11 @@ def make_bed(undo: contextlib.ExitStack) -> Bed:
         bed.within("router", "sysctl", "-qw", forwarding)
     bed.within("router", "sysctl", "-qw", "net.ipv4.conf.br0.send_redirects=0")
     for where, address4, address6 in (("client", CLIENT4, CLIENT6), ("server", SERVER4, SERVER6)):
-        _join(bed, where, address4, address6)
+        join(bed, where, address4, address6)
     return bed
 
 
-def _join(bed: Bed, where: str, address4: str, address6: str) -> None:
+def join(bed: Bed, where: str, address4: str, address6: str) -> None:
     """Plug the namespace into the router's bridge, as a pod is into its node's."""
     namespace, router = bed.netns[where], bed.netns["router"]
     port = f"port-{where}"
@@ -173,9 +178,11 @@ def empty_cgroup(cgroup: Path) -> None:
 
 
 def remove_cgroup(cgroup: Path) -> None:
-    """End what a test left in its cgroup and delete it."""
+    """End what a test left in its cgroup and below, and delete it."""
     if not cgroup.exists():
         return
+    for below in [path for path in cgroup.iterdir() if path.is_dir()]:
+        remove_cgroup(below)
     empty_cgroup(cgroup)
 
     def removed() -> bool:
@@ -188,17 +195,17 @@ def remove_cgroup(cgroup: Path) -> None:
 
 def remove_pins(pins: Path) -> None:
     """Delete a pins directory: links detach and maps go as their last name does."""
-    for path in (pins, pins.with_name(f"{pins.name}-scratch")):
-        if path.is_dir():
-            objects = pinned(path)
-            shutil.rmtree(path)
-            wait_gone(objects)
+    kept.remove(pins)
+    for path in (pins, *pins.parent.glob(f"{pins.name}-*")):
+        objects = pinned(path)
+        pinning.remove(path)
+        wait_gone(objects)
 
 
 def leftovers(pid: int | None = None) -> list[str]:
     """What tests left behind: of run `pid`, or of every run that is dead."""
     found = []
-    for directory in (NETNS, cgroup2(), BPFFS):
+    for directory in (NETNS, cgroup2(), BPFFS, kept.DIRECTORY):
         if not directory.is_dir():
             continue
         for path in directory.iterdir():
@@ -216,6 +223,8 @@ def sweep() -> None:
     for left in map(Path, leftovers()):
         if left.parent == NETNS:
             remove_netns(left.name)
+        elif left.parent == kept.DIRECTORY:
+            left.unlink()
         elif left.parent == BPFFS:
             shutil.rmtree(left)
         else:

@@ -78,11 +78,13 @@ def underpass_where(pins: Path, setting: str, *words: str | Path) -> Done:
     return finish(start([*shell, *command(pins, *words)]))
 
 
-def kill_during(words: list[str], seconds: float) -> None:
-    """Start a command and kill -9 it after `seconds`, if it has not ended by then."""
+def kill_during(words: list[str], seconds: float) -> bool:
+    """Start a command and kill -9 it after `seconds`, if it has not ended by then: was it so?"""
     process = start(words)
     try:
         process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
+        return True
+    return False

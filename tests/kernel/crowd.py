@@ -55,6 +55,11 @@ def crowd_answer(turn: int) -> int:
     return len(numbers)
 
 
+def crowd_peers() -> list[tuple[str, int]]:
+    """In a worker: the address and port at the other end of each connection, as seen here."""
+    return [sock.getpeername() for sock in _ENDS]
+
+
 def crowd_close() -> None:
     """In a worker: close every connection."""
     while _ENDS:

@@ -51,7 +51,7 @@ def plane(bed: Bed) -> Iterator[MakePlane]:
     opened = contextlib.ExitStack()
 
     def make(
-        settings: Settings = Settings(), faults: Fault = Fault(0), *, watch: bool = False
+        settings: Settings = beds.USUAL, faults: Fault = Fault(0), *, watch: bool = False
     ) -> Dataplane:
         if not watch:
             settings = replace(settings, admit_unknown=True)

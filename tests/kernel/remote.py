@@ -13,6 +13,7 @@ import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.kernel.waiting import wait_until
 from underpass.torture.content import Sink, content
@@ -33,6 +34,8 @@ ROUND = 4096
 """Bytes that `exchange` sends each way in a round."""
 
 Address = tuple[str, int]
+Options = tuple[tuple[int, int, "int | bytes"], ...]
+"""Level, option and value of each setsockopt."""
 
 
 @dataclass(frozen=True)
@@ -153,10 +156,18 @@ def listen(
     fast_open: bool = False,
     protocol: int = socket.IPPROTO_TCP,
     backlog: int = 1024,
+    options: Options = (),
 ) -> Remote:
-    """Open a listening socket in the worker; "::" takes IPv4 too."""
-    options = {"reuse_port": reuse_port, "fast_open": fast_open}
-    number = worker.call(_listen, address, protocol=protocol, backlog=backlog, **options)
+    """Open a listening socket in the worker, with `options` set first; "::" takes IPv4 too."""
+    number = worker.call(
+        _listen,
+        address,
+        reuse_port=reuse_port,
+        fast_open=fast_open,
+        protocol=protocol,
+        backlog=backlog,
+        options=options,
+    )
     return Remote(worker, number)
 
 
@@ -168,13 +179,20 @@ def connect(
     deferred: bool = False,
     fast_open: int = 0,
     protocol: int = socket.IPPROTO_TCP,
+    options: Options = (),
 ) -> Remote:
-    """Connect a socket of the worker, bound to `source` first.
+    """Connect a socket of the worker, with `options` set and bound to `source` first.
 
     `deferred` sets TCP_DEFER_ACCEPT; `fast_open` is a stream whose first bytes go in the SYN.
     """
     number = worker.call(
-        _connect, to, source, deferred=deferred, fast_open=fast_open, protocol=protocol
+        _connect,
+        to,
+        source,
+        deferred=deferred,
+        fast_open=fast_open,
+        protocol=protocol,
+        options=options,
     )
     return Remote(worker, number)
 
@@ -243,9 +261,17 @@ def _keep(sock: socket.socket) -> int:
 
 
 def _listen(
-    address: Address, *, reuse_port: bool, fast_open: bool, protocol: int, backlog: int = 1024
+    address: Address,
+    *,
+    reuse_port: bool,
+    fast_open: bool,
+    protocol: int,
+    backlog: int = 1024,
+    options: Options = (),
 ) -> int:
     listener = socket.socket(family_of(address[0]), socket.SOCK_STREAM, protocol)
+    for option in options:
+        listener.setsockopt(*option)
     if fast_open:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, 16)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -253,7 +279,7 @@ def _listen(
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     if listener.family == socket.AF_INET6:
         listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-    listener.bind(address)
+    listener.bind(_scoped(address))
     listener.listen(backlog)
     return _keep(listener)
 
@@ -263,13 +289,21 @@ def _waiting(number: int) -> bool:
 
 
 def _connect(
-    to: Address, source: Address | None, *, deferred: bool, fast_open: int, protocol: int
+    to: Address,
+    source: Address | None,
+    *,
+    deferred: bool,
+    fast_open: int,
+    protocol: int,
+    options: Options = (),
 ) -> int:
     sock = socket.socket(family_of(to[0]), socket.SOCK_STREAM, protocol)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if deferred:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
+    for option in options:
+        sock.setsockopt(*option)
     number = _keep(sock)
     if source is not None:
         sock.bind(source)
@@ -277,8 +311,15 @@ def _connect(
         first = content(fast_open, 0, IN_SYN)
         _SENT[number] = sock.sendto(first, socket.MSG_FASTOPEN, to)
     else:
-        sock.connect(to)
+        sock.connect(_scoped(to))
     return number
+
+
+def _scoped(address: Address) -> tuple[Any, ...]:
+    """With the number of the interface, if the address names one ("fe80::1%eth0")."""
+    if "%" not in address[0]:
+        return address
+    return socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][4]
 
 
 def _hide(address: Address) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from tests.kernel.bed import BPFFS, SERVER4, Bed, cgroup2
 from tests.kernel.commands import command, finish, start, underpass, underpass_where
 from tests.kernel.kernel_objects import attach_foreign_sock_ops, sock_ops_on
 from tests.kernel.remote import couple, exchange
+from underpass import features
 
 FAILED, USAGE, UNSUPPORTED = 1, 2, 4
 
@@ -88,6 +89,16 @@ def test_without_root(bed: Bed, word: str) -> None:
     assert len(sock_ops_on(bed.cgroup)) == 1
 
 
+def test_without_a_capability(bed: Bed) -> None:
+    """Claim: `up` names the right that it misses before it has done anything."""
+    if shutil.which("setpriv") is None:
+        pytest.skip("setpriv (util-linux) is not installed")
+    up = command(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup)
+    done = finish(start(["setpriv", "--bounding-set", "-sys_admin", *up]))
+    done.failed(FAILED, "missing CAP_SYS_ADMIN;")
+    _check_nothing_left(bed)
+
+
 @pytest.mark.parametrize("word", ["up", "doctor"])
 def test_a_kernel_that_is_too_old(bed: Bed, word: str) -> None:
     """Claim: below the stated floor `up` and `doctor` refuse, and tell which kernel will do."""
@@ -119,6 +130,8 @@ def test_a_foreign_sock_ops_that_shares(bed: Bed) -> None:
     foreign = attach_foreign_sock_ops(bed.cgroup, shared=True)
     underpass(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup).ok()
     assert len(sock_ops_on(bed.cgroup)) == 2
+    named = [check.detail for check in features.neighbours(bed.pins, bed.cgroup)]
+    assert named == [f"foreign_ops (id {foreign}) on {bed.cgroup}"]
     near, far = couple(bed.worker("client"), bed.worker("server"), (SERVER4, 8080))
     exchange(near, far, 1)
     assert underpass(bed.pins, "status", "--json").document()["counters"]["pairs_total"] == 1

@@ -7,7 +7,7 @@ import pytest
 from tests.kernel.bed import ADMITTING, SERVER4, Bed
 from tests.kernel.fixtures import MakePlane
 from tests.kernel.kernel_objects import sock_ops_on, wait_gone
-from tests.kernel.remote import couple, exchange
+from tests.kernel.remote import connect, couple, exchange, listen
 from tests.kernel.traffic import Load
 from tests.kernel.waiting import wait_until
 from underpass import dataplane
@@ -18,7 +18,7 @@ from underpass.torture.kernel_objects import pinned
 from underpass.torture.patience import fewer
 from underpass.torture.plans import KIB, MIB
 
-ROUNDS = fewer(20)
+ROUNDS = fewer(8)
 
 
 def _check_gone(bed: Bed) -> None:
@@ -28,7 +28,7 @@ def _check_gone(bed: Bed) -> None:
 
 @pytest.mark.timeout(3600)
 def test_down_under_load(bed: Bed, *, long_run: bool) -> None:
-    """Claim: 20 times (200 in a long run), 50 busy connections lose no byte; nothing is left."""
+    """Claim: 8 times (200 in a long run), 50 busy connections lose no byte; nothing is left."""
     load = Load(bed)
     for _ in range(200 if long_run else ROUNDS):
         dataplane.up(bed.pins, bed.cgroup, ADMITTING)
@@ -77,6 +77,26 @@ def test_unread_bytes_outlive_down(bed: Bed) -> None:
     near.send(1, 50 * KIB)
     exchange(*other, 5)
     far.receive(1, 150 * KIB)
+    assert dataplane.down(bed.pins) == []
+    _check_gone(bed)
+    exchange(near, far, 1)
+
+
+@pytest.mark.parametrize("spoken", [0, KIB])
+def test_nobody_has_accepted(bed: Bed, spoken: int) -> None:
+    """Claim: `down` does not wait for a server to accept, unless its client has spoken to it."""
+    dataplane.up(bed.pins, bed.cgroup, ADMITTING)
+    listener = listen(bed.worker("server"), (SERVER4, 8080))
+    near = connect(bed.worker("client"), (SERVER4, 8080))
+    with Dataplane.open(bed.pins) as underpass:
+        assert underpass.counters().pairs_total == 1
+    if spoken:
+        near.send(1, spoken)
+    left = dataplane.down(bed.pins, timeout=1 if spoken else 30)
+    assert len(left) == (1 if spoken else 0)
+    assert not spoken or "bytes unread" in left[0]
+    far = listener.accept()
+    far.receive(1, spoken)
     assert dataplane.down(bed.pins) == []
     _check_gone(bed)
     exchange(near, far, 1)

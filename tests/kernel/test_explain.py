@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from typing import Any
 
@@ -17,7 +18,8 @@ from underpass import dataplane, programs
 from underpass.model import Settings
 from underpass.torture.worker import Worker
 
-PORT = 8080
+PORT = 10000 + 2 * (os.getpid() % 10000)
+"""Of this process: tests beside it use these addresses, and `explain` tells of the whole node."""
 
 
 def _explained(bed: Bed, port: int = PORT) -> list[dict[str, Any]]:

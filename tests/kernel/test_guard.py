@@ -206,6 +206,20 @@ def test_signs_keep_a_program_out(bed: Bed, plane: MakePlane, sign: Sign) -> Non
     assert underpass.counters().pairs_total == 0
 
 
+def _look_for_errors(number: int) -> None:
+    with pytest.raises(BlockingIOError):
+        remote._SOCKETS[number].recv(1, socket.MSG_ERRQUEUE | socket.MSG_TRUNC)
+
+
+def test_the_error_queue_is_no_part_of_the_stream(bed: Bed, plane: MakePlane) -> None:
+    """Claim: flags of a read of that are no sign (socat asks so after a refused connect)."""
+    underpass = plane(SOON, watch=True)
+    near, far = couple(bed.worker("client"), bed.worker("server"), TO)
+    far.worker.call(_look_for_errors, far.number)
+    exchange(near, far, _STREAM)
+    assert _of(underpass, far.worker).signs == []
+
+
 @pytest.mark.parametrize("sign", [Sign.WAITALL, Sign.SPLICE], ids=lambda sign: sign.words[0])
 def test_a_late_sign_moves_open_pairs_to_tcp(bed: Bed, plane: MakePlane, sign: Sign) -> None:
     """Claim: an admitted program that shows a sign leaves the shortcut with all its pairs."""

@@ -9,7 +9,9 @@ import pytest
 
 from tests.kernel.bed import SERVER4, Bed
 from tests.kernel.fixtures import MakePlane
+from tests.kernel.kube_proxy import make_node
 from tests.kernel.remote import IN_SYN, connect, couple, exchange, listen
+from tests.kernel.verdicts import check_plain
 from underpass.torture.plans import Batch, mixed
 from underpass.torture.traffic import run_batch
 
@@ -111,3 +113,23 @@ def test_an_address_that_comes_later_is_known(bed: Bed, plane: MakePlane) -> Non
     assert far.names()[1][0] == later
     exchange(near, far, 1)
     assert underpass.counters().pairs_total == 1
+
+
+def test_a_syn_proxy_stays_tcp(bed: Bed, plane: MakePlane) -> None:
+    """Claim: where a firewall answers in the server's place (SYNPROXY), it is right and TCP."""
+    make_node(bed)
+    to = f"-p tcp -d {SERVER4} --dport {PORT}"
+    unknown = f"{to} -m conntrack --ctstate INVALID,UNTRACKED"
+    bed.within("router", "sysctl", "-qw", "net.netfilter.nf_conntrack_tcp_loose=0")
+    for rule in (
+        f"-t raw -A PREROUTING {to} --syn -j CT --notrack",
+        f"-A FORWARD {unknown} -j SYNPROXY --sack-perm --timestamp --wscale 7 --mss 1460",
+        "-A FORWARD -m conntrack --ctstate INVALID -j DROP",
+    ):
+        bed.within("router", "iptables", *rule.split())
+    underpass = plane()
+    near, far = couple(bed.worker("client"), bed.worker("server"), (SERVER4, PORT))
+    check_plain(underpass, near, far, "not-local")
+    assert underpass.counters().refused_total["remote-client"] == 1
+    answered = bed.within("router", "cat", "/proc/net/stat/synproxy").splitlines()[1:]
+    assert sum(int(line.split()[1], 16) for line in answered) > 0

@@ -2,63 +2,19 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 
 import pytest
 
 from tests.kernel.bed import CLIENT4, ROUTER4, SERVER4, SERVER6, Bed
 from tests.kernel.fixtures import MakePlane
-from tests.kernel.remote import (
-    ROUND,
-    Address,
-    Remote,
-    connect,
-    couple,
-    exchange,
-    hide,
-    listen,
-)
-from tests.kernel.waiting import wait_until
+from tests.kernel.remote import ROUND, Address, connect, couple, exchange, hide, listen
+from tests.kernel.verdicts import check_paired, check_plain
 from underpass.dataplane import Dataplane
 from underpass.model import Fault
 
 SERVICE = "10.96.0.10"
 PORT = 8080
-
-
-def _same(address: str, other: str) -> bool:
-    """Whether two texts name one address; IPv4-mapped counts as IPv4."""
-    a, b = (ipaddress.ip_address(text) for text in (address, other))
-    return (getattr(a, "ipv4_mapped", None) or a) == (getattr(b, "ipv4_mapped", None) or b)
-
-
-def _check_paired(underpass: Dataplane, near: Remote, far: Remote) -> None:
-    """The pair is listed with both ends' own addresses, and both directions took the shortcut."""
-    exchange(near, far, 1)
-    [pair] = underpass.pairs()
-    for end, remote in ((pair.client, near), (pair.server, far)):
-        address, port = remote.names()[0]
-        assert _same(end.address, address)
-        assert end.port == port
-        assert end.netns == remote.worker.place.netns
-    for direction in (pair.client_to_server, pair.server_to_client):
-        assert direction.path == "shortcut"
-        assert direction.reason == "shortcut"
-        assert direction.shortcut_bytes >= 3 * ROUND
-    assert underpass.counters().pairs_total == 1
-
-
-def _check_plain(underpass: Dataplane, near: Remote, far: Remote, reason: str) -> None:
-    """The connection works, over TCP alone, and the reason is counted."""
-    exchange(near, far, 1)
-    counters = underpass.counters()
-    assert counters.pairs_total == 0
-    assert counters.shortcut_messages_total == 0
-    refused = {word for word, number in counters.refused_total.items() if number}
-    assert reason in refused
-    assert underpass.pairs() == []
-    wait_until(lambda: underpass.endpoints() == [], "no socket is in the map")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +32,7 @@ def test_plain_connections_pair(
     """Claim: a connection between two namespaces pairs, in every address family."""
     underpass = plane()
     ends = couple(bed.worker("client"), bed.worker("server"), to, listen_on=listen_on)
-    _check_paired(underpass, *ends)
+    check_paired(underpass, *ends)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1", CLIENT4])
@@ -84,7 +40,7 @@ def test_connections_inside_a_namespace_pair(bed: Bed, plane: MakePlane, address
     """Claim: a connection over loopback or to an own address pairs."""
     underpass = plane()
     ends = couple(bed.worker("client"), bed.worker("client"), (address, PORT))
-    _check_paired(underpass, *ends)
+    check_paired(underpass, *ends)
 
 
 def test_dnat_pairs(bed: Bed, plane: MakePlane) -> None:
@@ -95,7 +51,7 @@ def test_dnat_pairs(bed: Bed, plane: MakePlane) -> None:
     near, far = couple(*workers, (SERVICE, 80), listen_on=(SERVER4, PORT))
     assert near.names()[1] == (SERVICE, 80)
     assert far.names()[1] == near.names()[0]
-    _check_paired(underpass, near, far)
+    check_paired(underpass, near, far)
 
 
 def test_dnat_with_snat_pairs(bed: Bed, plane: MakePlane) -> None:
@@ -106,7 +62,7 @@ def test_dnat_with_snat_pairs(bed: Bed, plane: MakePlane) -> None:
     workers = bed.worker("client"), bed.worker("server")
     near, far = couple(*workers, (SERVICE, 80), listen_on=(SERVER4, PORT))
     assert far.names()[1][0] == ROUTER4
-    _check_paired(underpass, near, far)
+    check_paired(underpass, near, far)
 
 
 def test_hairpin_pairs(bed: Bed, plane: MakePlane) -> None:
@@ -117,7 +73,7 @@ def test_hairpin_pairs(bed: Bed, plane: MakePlane) -> None:
     workers = bed.worker("client"), bed.worker("client")
     near, far = couple(*workers, (SERVICE, 80), listen_on=(CLIENT4, PORT))
     assert far.names()[1][0] == ROUTER4
-    _check_paired(underpass, near, far)
+    check_paired(underpass, near, far)
 
 
 def test_an_address_that_nobody_here_holds_does_not_pair(bed: Bed, plane: MakePlane) -> None:
@@ -132,7 +88,7 @@ def test_an_address_that_nobody_here_holds_does_not_pair(bed: Bed, plane: MakePl
     workers = bed.worker("client"), bed.worker("server")
     near, far = couple(*workers, (SERVICE, 80), listen_on=(SERVER4, PORT))
     assert far.names()[1][0] == foreign
-    _check_plain(underpass, near, far, "address-mismatch")
+    check_plain(underpass, near, far, "address-mismatch")
 
 
 def _half_elsewhere(bed: Bed, underpass: Dataplane, *, client: bool) -> None:
@@ -140,7 +96,7 @@ def _half_elsewhere(bed: Bed, underpass: Dataplane, *, client: bool) -> None:
     workers = bed.worker("client", outside=client), bed.worker("server", outside=not client)
     near, far = couple(*workers, (SERVER4, PORT))
     assert underpass.endpoints() == []
-    _check_plain(underpass, near, far, "remote-client" if client else "not-local")
+    check_plain(underpass, near, far, "remote-client" if client else "not-local")
 
 
 def test_a_server_elsewhere_never_enters(bed: Bed, plane: MakePlane) -> None:

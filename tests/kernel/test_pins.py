@@ -114,10 +114,10 @@ def test_a_removal_that_was_cut_short(
     assert dataplane.places(bed.pins) == []
 
 
-@pytest.mark.parametrize("first", ["link_handshake", "link_watch", "about"])
+@pytest.mark.parametrize("first", ["link_handshake", "link_watch", "link_uring", "about"])
 def test_what_is_removed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str) -> None:
     """Claim: links go before what describes a generation, and that before all else."""
-    order = ("link_handshake", "link_watch", "about")
+    order = ("link_handshake", "link_watch", "link_uring", "about")
     pins = tmp_path / "pins"
     pins.mkdir()
     for name in ("a", *reversed(order), "z"):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.kernel.bed import ADMITTING, BPFFS, SERVER4, Bed
+from tests.kernel.bed import ADMITTING, BPFFS, SERVER4, USUAL, Bed
 from tests.kernel.commands import command, kill_during, underpass
 from tests.kernel.fixtures import MakePlane
 from tests.kernel.kernel_objects import attach_foreign_sock_ops, sock_ops_on, wait_gone
@@ -24,7 +25,7 @@ from underpass.torture.kernel_objects import pinned
 from underpass.torture.patience import fewer
 from underpass.torture.plans import KIB, MIB
 
-ROUNDS = fewer(6)
+ROUNDS = fewer(4)
 
 
 def _carried(pins: Path) -> int:
@@ -40,7 +41,7 @@ def _pairs(pins: Path) -> list[int]:
 
 def test_pairs_go_on_and_new_ones_use_the_new(bed: Bed, plane: MakePlane) -> None:
     """Claim: after an upgrade old and new pairs take the shortcut, each in its generation."""
-    plane()
+    plane(replace(USUAL, reproof_seconds=0))  # the machine may be slow, and messages are counted
     client, server = bed.worker("client"), bed.worker("server")
     listener = listen(server, (SERVER4, 8080))
     old = connect(client, (SERVER4, 8080)), listener.accept()
@@ -189,20 +190,21 @@ def test_the_oldest_generation_makes_room(bed: Bed, plane: MakePlane) -> None:
         exchange(*pair, 1)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_upgrade_killed_half_way(bed: Bed) -> None:
     """Claim: whatever a killed `upgrade` left, traffic goes on and the next command mends it."""
     dataplane.up(bed.pins, bed.cgroup, ADMITTING)
     load = Load(bed)
-    load.start(8, deadline=200)
+    load.start(8, deadline=550)
     load.wait_moves(MIB)
     begin = time.monotonic()
     underpass(bed.pins, "upgrade").ok()
     longest = time.monotonic() - begin
     moments = random.Random(11)
     seen = set()
-    for number in range(fewer(12)):
-        kill_during(command(bed.pins, "upgrade"), moments.uniform(longest / 2, longest))
+    for number in range(fewer(8)):
+        early = kill_during(command(bed.pins, "upgrade"), moments.uniform(longest / 2, longest))
+        longest *= 1.2 if early else 0.8  # what a busy machine lets it take changes
         seen.add(tuple(sorted(path.name for path in BPFFS.glob(f"{bed.name}*"))))
         if number % 4 == 0:
             underpass(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup).ok()
@@ -214,7 +216,7 @@ def test_upgrade_killed_half_way(bed: Bed) -> None:
             far.close()
         load.wait_moves(MIB)
     load.stop_and_check()
-    assert len(seen) > 1
+    assert len(seen) > 1 or fewer(8) == 1
     objects = {one for path in dataplane.generations(bed.pins) for one in pinned(path)}
     assert dataplane.down(bed.pins) == []
     assert list(BPFFS.glob(f"{bed.name}*")) == []

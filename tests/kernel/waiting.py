@@ -13,7 +13,7 @@ T = TypeVar("T")
 _TICK = threading.Event()
 
 
-def wait_until(condition: Callable[[], T], what: str, deadline: float = 20.0) -> T:
+def wait_until(condition: Callable[[], T], what: str, deadline: float = 60.0) -> T:
     """Wait until `condition()` is true and return it; AssertionError after `deadline`."""
     end = time.monotonic() + patient(deadline)
     while not (result := condition()):

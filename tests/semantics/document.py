@@ -31,7 +31,10 @@ For somebody in a hurry:
 
 - Reading without blocking, after any kind of poll, is the same.
 - A *blocking* `recv` that sleeps may return EAGAIN where TCP goes on sleeping or tells the cause
-  at once: after a signal, a reset, another thread's shutdown, or when another reader got the bytes.
+  at once: after a signal, a stop (job control, a debugger, a frozen cgroup), a reset, another
+  thread's shutdown, or when another reader got the bytes.
+- One thread that shuts a socket down in the very moment in which another's `send` on it is under
+  way may cut off that message, though `send` tells its size.
 - A peer that closes with bytes unread is seen as end of file, not as ECONNRESET.
 - A sender may run ahead of its reader by 16 MiB, whatever the buffer sizes.
 - What looks at packets or at TCP's own queues (tcpdump, a firewall rule that comes later, `ss`,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import mmap
 import os
 import socket
 import struct
@@ -16,6 +17,7 @@ MSG_ERRQUEUE = 0x2000
 MSG_MORE = 0x8000
 MSG_ZEROCOPY = 0x4000000
 SO_TIMESTAMP = 29
+SO_TIMESTAMPING = 37
 SO_PEEK_OFF = 42
 SO_MAX_PACING_RATE = 47
 SO_ZEROCOPY = 60
@@ -62,6 +64,22 @@ def recv(sock: socket.socket, size: int, flags: int = 0) -> bytes:
 def recv_nowhere(sock: socket.socket, size: int, flags: int) -> int:
     """One recv call with no buffer, which MSG_TRUNC allows on TCP."""
     return checked(LIBC.recv(sock.fileno(), None, size, flags))
+
+
+def send_torn(sock: socket.socket, size: int) -> int:
+    """One send call of `size` bytes, of which only half of a page can be read."""
+    page = mmap.PAGESIZE
+    whole = mmap.mmap(-1, 2 * page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    handle = ctypes.c_char.from_buffer(whole)
+    at = ctypes.addressof(handle)
+    checked(LIBC.mprotect(ctypes.c_void_p(at + page), page, 0))
+    try:
+        start = ctypes.c_void_p(at + page // 2)
+        return checked(LIBC.send(sock.fileno(), start, size, socket.MSG_NOSIGNAL))
+    finally:
+        LIBC.mprotect(ctypes.c_void_p(at + page), page, mmap.PROT_READ | mmap.PROT_WRITE)
+        del handle
+        whole.close()
 
 
 def _messages(buffers: Sequence[ctypes.Array[ctypes.c_char]]) -> ctypes.Array[_CountedMessage]:

@@ -69,19 +69,19 @@ def _filtered(stage: Stage) -> str:
 NETWORK.not_run(
     "conntrack and IPVS idle timers",
     "every packet renews them",
-    "they run out under active use",
+    "a message every `reproof` seconds does",
     Verdict.ACCEPTED,
-    "[not run: the shortest timer is longer than a test] conntrack forgets established connections "
-    "after 5 days, IPVS after 15 minutes; a paired connection that falls back to TCP then "
-    "depends on "
-    "the firewall's view of packets it does not know",
+    "[not run here: `tests/kernel/test_reproof.py` does] with `reproof = 0` they run out under "
+    "active use: conntrack forgets established connections after 5 days, IPVS after 15 minutes",
 )
 NETWORK.not_run(
     "memory cgroup that bytes in flight are charged to",
     "the sender's, then the reader's",
     "the reader's",
     Verdict.ACCEPTED,
-    "[not run] the budget bounds them",
+    "[not run here: `tests/kernel/test_cgroup_memory.py` does, where cgroup 2 has the memory "
+    "controller] the budget bounds them, and near a limit of the reader's cgroup they go by TCP "
+    "(`cgroup-memory`)",
 )
 NETWORK.not_run(
     "checkpoint and restore (`TCP_REPAIR`)",

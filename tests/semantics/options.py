@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import select
 import socket
+import time
 from pathlib import Path
 
 from tests.semantics import libc
@@ -44,6 +45,28 @@ def _read_back(stage: Stage) -> str:
     server.recv(100)
     found = {option: client.getsockopt(*option) for option in wanted}
     return "as they were set" if found == wanted else str(found)
+
+
+@OPTIONS.accepted(
+    "keepalive options of a socket on which bytes by TCP wait behind others, unread",
+    "off, 33, 44, 5",
+    "on, 1, 1, 127",
+    "the timer is borrowed meanwhile, so that a reader that misses those bytes is told of them; "
+    "then all is as it was",
+)
+def _borrowed(stage: Stage) -> str:
+    client, server = stage.pair()
+    tcp = socket.IPPROTO_TCP
+    wanted = {socket.TCP_KEEPIDLE: 33, socket.TCP_KEEPINTVL: 44, socket.TCP_KEEPCNT: 5}
+    for option, value in wanted.items():
+        server.setsockopt(tcp, option, value)
+    client.sendall(TEN)
+    with stage.by_tcp():
+        client.sendall(TEN)
+        time.sleep(0.1)
+    on = server.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    found = [str(server.getsockopt(tcp, option)) for option in wanted]
+    return ", ".join(["on" if on else "off", *found])
 
 
 @OPTIONS.same(

@@ -6,6 +6,7 @@ import os
 import select
 import signal
 import socket
+import subprocess
 import termios
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +14,7 @@ from functools import partial
 from tests.semantics import libc
 from tests.semantics.stage import Stage, read_all, said, set_timeout
 from tests.semantics.table import TEN, Subject
+from tests.semantics.uring import Uring
 
 READING = Subject("Reading")
 SPECIAL = Subject("Reading in special ways")
@@ -188,6 +190,23 @@ def _not_restarted(stage: Stage) -> str:
 
 
 @READING.accepted(
+    "`recv` while the process is stopped and goes on (job control, a debugger, a frozen cgroup)",
+    "10 bytes",
+    "EAGAIN",
+    ONCE,
+)
+def _stopped(stage: Stage) -> str:
+    client, server = stage.pair()
+    reading = stage.begin(lambda: libc.recv(server, 100)).asleep()
+    me = str(os.getpid())
+    script = 'kill -STOP "$0"; sleep 0.2; kill -CONT "$0"'
+    subprocess.run(["sh", "-c", script, me], check=True, timeout=30)
+    reading.join(stage.patience)
+    client.sendall(TEN)
+    return reading.outcome()
+
+
+@READING.accepted(
     "two threads asleep in `recv`, bytes for one", "10 bytes, blocks", "10 bytes, EAGAIN", ONCE
 )
 def _two_readers(stage: Stage) -> str:
@@ -305,6 +324,15 @@ def _splice_from(stage: Stage) -> str:
     client.sendall(TEN)
     _, writing = os.pipe()
     return stage.told(lambda: os.splice(server.fileno(), writing, 100))
+
+
+@SPECIAL.guarded("`io_uring` splice from the socket", "10", GUARD, unguarded="blocks", carries=10)
+def _splice_from_by_ring(stage: Stage) -> str:
+    client, server = stage.pair()
+    client.sendall(TEN)
+    _, writing = os.pipe()
+    ring = Uring()
+    return stage.told(lambda: ring.splice(server.fileno(), writing, 100))
 
 
 @SPECIAL.guarded(

@@ -109,6 +109,16 @@ def _io_uring_waits(stage: Stage) -> str:
     return reading.outcome()
 
 
+@SENDING.guarded(
+    "`io_uring` zero-copy send by the client", "10, 10 bytes", GUARD, unguarded="ENOTSUP, EAGAIN"
+)
+def _io_uring_zerocopy(stage: Stage) -> str:
+    client, server = stage.pair()
+    ring = Uring()
+    sent = stage.told(lambda: ring.send_zc(client.fileno(), TEN))
+    return f"{sent}, {said(lambda: server.recv(100, socket.MSG_DONTWAIT))}"
+
+
 @SENDING.same("one `send` of 8 MiB while the peer reads", "8388608, right", carries=MIB)
 def _large(stage: Stage) -> str:
     client, server = stage.pair()
@@ -191,6 +201,35 @@ def _zerocopy(stage: Stage) -> str:
     return "completion" if client.recvmsg(0, 100, libc.MSG_ERRQUEUE)[1] else "no message"
 
 
+@SENDING.same(
+    "`SO_TIMESTAMPING` of what is sent: the notes in the error queue",
+    "notes",
+    "a sender that asks for them stays on TCP",
+    carries=0,
+)
+def _timestamps(stage: Stage) -> str:
+    client, server = stage.pair()
+    by_software, acknowledged, report = 1 << 1, 1 << 9, 1 << 4
+    client.setsockopt(socket.SOL_SOCKET, libc.SO_TIMESTAMPING, by_software | acknowledged | report)
+    client.send(TEN)
+    read_all(server, 10)
+    if stage.polled(client, 0) != "ERR":
+        return "none"
+    return "notes" if client.recvmsg(100, 200, libc.MSG_ERRQUEUE)[1] else "no message"
+
+
+@SENDING.accepted(
+    "`send` from a buffer whose end is no memory",
+    "EFAULT",
+    "0",
+    "`sk_msg_memcopy_from_iter` forgets the error; a program that does this is broken",
+    carries=0,
+)
+def _torn(stage: Stage) -> str:
+    client, _ = stage.pair()
+    return said(lambda: libc.send_torn(client, 3000))
+
+
 def _first_and_second(stage: Stage, server: socket.socket) -> str:
     return "at once" if stage.polled(server, select.POLLIN, 0) == "IN" else "held back"
 
@@ -199,7 +238,8 @@ def _first_and_second(stage: Stage, server: socket.socket) -> str:
     "`TCP_CORK`: 10 bytes, then uncorked",
     "held back, IN",
     "at once, IN",
-    "it shapes packets, and there are none; held bytes would be bytes to lose",
+    "it shapes packets, and there are none; held bytes would be bytes to lose. A client that takes "
+    "what its first `recv` brings for the whole answer notices (`ab -k`, if no length is told)",
 )
 def _cork(stage: Stage) -> str:
     client, server = stage.pair()

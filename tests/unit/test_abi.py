@@ -20,6 +20,12 @@ MIRRORS = {
     "up_about": abi.About,
     "up_control": abi.Control,
     "up_counters": abi.Counters,
+    "up_order": abi.Order,
+    "up_policy": abi.Policy,
+    "up_group": abi.Group,
+    "up_port": abi.Port,
+    "up_network": abi.Network,
+    "up_program": abi.Program,
 }
 
 
@@ -61,17 +67,23 @@ def test_structures_have_the_headers_layout() -> None:
     _check(asserted)
 
 
-def test_records_have_the_headers_layout() -> None:
+@pytest.mark.parametrize(
+    ("name", "packed", "record"),
+    [("up_record", abi.RECORD, abi.Record), ("up_standing", abi.STANDING, abi.Standing)],
+)
+def test_records_have_the_headers_layout(
+    name: str, packed: struct.Struct, record: type[abi.Record | abi.Standing]
+) -> None:
     """Claim: the records that iterators write are unpacked at the header's offsets."""
-    counted = re.findall(r"(\d*)([QIsBx])", abi.RECORD.format.removeprefix("="))
+    counted = re.findall(r"(\d*)([QIsBx])", packed.format.removeprefix("="))
     kinds = []
     for number, kind in counted:
         kinds += [number + kind] if kind == "s" else [kind] * int(number or 1)
-    asserted = [f"sizeof(struct up_record) == {abi.RECORD.size}"]
-    for index, field in enumerate(abi.Record._fields):
+    asserted = [f"sizeof(struct {name}) == {packed.size}"]
+    for index, field in enumerate(record._fields):
         offset = struct.calcsize("=" + "".join(kinds[:index]))
         member = re.sub(r"^(local|remote)_", r"\1.", field)
-        asserted.append(f"offsetof(struct up_record, {member}) == {offset}")
+        asserted.append(f"offsetof(struct {name}, {member}) == {offset}")
     _check(asserted)
 
 
@@ -85,8 +97,8 @@ def test_reasons_are_the_headers() -> None:
 
 
 def test_every_reason_is_counted_once() -> None:
-    """Claim: no reason is both why a message took TCP and why a socket did not pair."""
-    assert not set(TCP_REASONS) & set(REFUSALS)
+    """Claim: but for the policy, no reason is both of a message that took TCP and of a socket."""
+    assert set(TCP_REASONS) & set(REFUSALS) == {Reason.POLICY}
     assert set(Reason) - {*TCP_REASONS, *REFUSALS} == {Reason.SHORTCUT, Reason.NO_MESSAGE}
 
 

@@ -22,6 +22,7 @@ from underpass.bench.compare import (
 LATENCY = Row("one-core", "tcp_lat", "64", "us", less_is_better=True, floor=0.99)
 STREAM = Row("one-core", "tcp_bw", "4096", "Mb/s", less_is_better=False, floor=0.5)
 OFF_NODE = Row("free", "churn", "off-node", "connections/s", False, 0.0, off_node=True)
+SHORT = Row("free", "churn", "local", "connections/s", False, 0.99, short=True)
 SMALL = Row("two-cores", "tcp_bw", "1", "Mb/s", less_is_better=False, floor=0.0, ruled=True)
 
 
@@ -124,6 +125,12 @@ def test_the_naive_bypass_must_keep_to_its_runs(mode: Mode) -> None:
     assert f"the naive bypass redirected 1 messages of a {mode.value} run" in line
 
 
+def test_pairs_of_an_earlier_run_count() -> None:
+    """A proxy keeps its connections: a run without a new pair is proven by its messages."""
+    kept = sample(Mode.SHORTCUT, moved=Moved(pairs=0, shortcut_messages=1000))
+    assert failures(of_row(LATENCY, kept)) == []
+
+
 @pytest.mark.parametrize("moved", [Moved(), Moved(pairs=2, tcp_messages={"tcp-unread": 1000})])
 @pytest.mark.parametrize("row", [LATENCY, STREAM, SMALL])
 def test_a_shortcut_run_without_any_shortcut_never_passes(row: Row, moved: Moved) -> None:
@@ -141,3 +148,46 @@ def test_an_off_node_run_must_have_been_turned_down() -> None:
     assert len(lines) == 2
     assert "1 off-node connections were paired" in lines[0]
     assert "turned down 10 of 1000" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("volume", "packets", "least"),
+    [
+        (Volume("messages", 1000), 500, 500),
+        (Volume("bytes", 1000 * 65536), 500, 500),
+        (Volume("bytes", 1), 1, 1),
+    ],
+)
+def test_a_default_run_must_have_taken_the_path(volume: Volume, packets: int, least: int) -> None:
+    """Half a packet for each message, or for each 64 KiB; one less, and it went some other way."""
+    for seen, wrong in ((packets, 0), (packets - 1, 1)):
+        run = Sample(Mode.DEFAULT, 0, Reading(1.0, volume), Moved(path_packets=seen))
+        said = failures(of_row(LATENCY, run))
+        assert len(said) == wrong
+        assert (
+            not said or f"{seen} packets of a default run took the path, {least} needed" in said[0]
+        )
+
+
+def test_a_shortcut_run_need_not_take_the_path() -> None:
+    """The path's packets are what the shortcut saves."""
+    moved = Moved(pairs=2, shortcut_messages=1000, path_packets=0)
+    assert failures(of_row(LATENCY, sample(Mode.SHORTCUT, moved=moved))) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "carried", "tcp", "believed"),
+    [
+        (SHORT, 900, {"unpaired": 100}, True),
+        (SHORT, 500, {"unpaired": 500}, True),
+        (SHORT, 480, {"unpaired": 520}, False),
+        (SHORT, 900, {"tcp-unread": 100}, False),
+        (LATENCY, 900, {"unpaired": 100}, False),
+    ],
+)
+def test_the_first_message_of_a_short_connection_may_be_early(
+    row: Row, carried: int, tcp: dict[str, int], believed: bool
+) -> None:
+    """On a slow path a request leaves before its server's end is found; its answer must not."""
+    moved = Moved(500, carried, 0, tcp)
+    assert (failures(of_row(row, sample(Mode.SHORTCUT, moved=moved))) == []) is believed

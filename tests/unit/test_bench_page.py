@@ -14,8 +14,8 @@ import pytest
 
 from tests.unit.test_bench_report import PLAN, outcomes
 from underpass.bench import drawing, page, report
-from underpass.bench.bed import Way
 from underpass.bench.compare import Outcome, Row
+from underpass.bench.way import Way
 from underpass.errors import UnderpassError, Usage
 
 #: Elements that HTML closes by itself.

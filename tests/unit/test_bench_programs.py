@@ -9,6 +9,7 @@ import pytest
 from underpass.bench import probe, qperf
 from underpass.bench.compare import Mode, Reading, Volume
 from underpass.bench.programs import SMALL, Measure, Workload, missing
+from underpass.bench.way import Reach
 from underpass.bench.workloads import WORKLOADS, choose
 from underpass.errors import UnderpassError, Usage
 
@@ -63,7 +64,7 @@ IPERF = """{"end": {"sum_sent": {"bytes": 2031616000, "bits_per_second": 1625144
 
 
 def measures(name: str, directory: Path) -> list[Measure]:
-    return WORKLOADS[name].measures(directory, 1)
+    return WORKLOADS[name].measures(Reach(directory), 1)
 
 
 def test_qperf_latency_is_one_way_microseconds() -> None:
@@ -151,7 +152,7 @@ def test_many_connections_tell_what_the_slowest_wait(
     size: int, volume: Volume, tmp_path: Path
 ) -> None:
     """The rate, the latency's percentiles, and the bytes whatever the run is judged by."""
-    reading = choose("parallel", size=size).measures(tmp_path, 1)[4].parse(WRK_MANY)
+    reading = choose("parallel", size=size).measures(Reach(tmp_path), 1)[4].parse(WRK_MANY)
     assert reading.figure == pytest.approx(120266.44)
     assert reading.volume == volume
     assert reading.also == {"p50_us": 811, "p99_us": 2034, "p99.9_us": 7120}
@@ -178,7 +179,7 @@ def test_connections_are_from_1_to_256(tmp_path: Path) -> None:
 
 def test_idle_pairs_cost_slabs_and_buffers(tmp_path: Path) -> None:
     """The figure is a pair's part of what the kernel took; each pair says a byte each way."""
-    (measure,) = choose("idle", pairs=500).measures(tmp_path, 1)
+    (measure,) = choose("idle", pairs=500).measures(Reach(tmp_path), 1)
     reading = measure.parse('{"pairs": 500, "slab_bytes": 5000000, "tcp_bytes": 40960}')
     assert reading.figure == pytest.approx(10081.92)
     assert reading.volume == Volume("messages", 1000)
@@ -206,7 +207,7 @@ def test_a_mixed_run_has_two_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["redis", "nginx", "postgres", "iperf3", "parallel", "mixed", "idle"]
+    "name", ["redis", "nginx", "postgres", "iperf3", "parallel", "mixed", "idle", "mesh"]
 )
 def test_a_program_that_failed_is_an_error(name: str, tmp_path: Path) -> None:
     """Output without a figure is one line that quotes it, never a traceback."""
@@ -221,7 +222,7 @@ def test_a_missing_program_names_its_package() -> None:
         missing(none)
 
 
-def _none(_: Path, __: int) -> list[Measure]:
+def _none(_: Reach, __: int) -> list[Measure]:
     return []
 
 

@@ -11,10 +11,11 @@ import pytest
 from rich.console import Console
 
 from underpass.bench import chart, report
-from underpass.bench.bed import Way, leftovers, rules_text
+from underpass.bench.bed import leftovers
 from underpass.bench.compare import Mode, Moved, Outcome, Placement, Reading, Sample, Spread, Volume
 from underpass.bench.programs import QPERF
 from underpass.bench.runner import Plan
+from underpass.bench.way import Reach, Way
 from underpass.errors import Usage
 
 PLAN = Plan(QPERF, (Placement("one-core", (0,), (0,)),), rounds=2, seconds=1, unix_milliseconds=200)
@@ -22,7 +23,7 @@ PLAN = Plan(QPERF, (Placement("one-core", (0,), (0,)),), rounds=2, seconds=1, un
 
 def outcomes(carried: float = 1.0) -> list[Outcome]:
     found = []
-    for measure in QPERF.measures(Path(), 1):
+    for measure in QPERF.measures(Reach(Path()), 1):
         samples = []
         for number in range(2):
             for mode, figure in ((Mode.DEFAULT, 10.0), (Mode.SHORTCUT, 4.0), (Mode.UNIX, 3.0)):
@@ -74,7 +75,7 @@ def test_the_document_is_whole_json() -> None:
     """Every run with its counters is in the document, and it survives JSON."""
     document = json.loads(json.dumps(report.document(PLAN, Way("iptables", 5), outcomes(), 0.0)))
     assert document["ok"] is True
-    assert document["path"] == "veth + bridge + 5 iptables rules"
+    assert document["path"] == "veth + bridge + service address + 5 iptables rules"
     row = document["rows"][0]
     assert row["default"] == {"median": 10.5, "low": 10.0, "high": 11.0}
     assert len(row["runs"]) == 6
@@ -133,23 +134,19 @@ def test_a_single_run_shows_no_spread() -> None:
     assert report.cell(Spread(4.0, 4.0, 4.0)) == "4.00"
 
 
-@pytest.mark.parametrize("words", ["", "iptables", "iptables:0", "iptables:x", "ovs:1", "tun"])
-def test_an_unknown_path_is_a_usage_error(words: str) -> None:
-    """Only bridge, iptables:N and ovs are paths."""
-    with pytest.raises(Usage, match="say bridge, iptables:N or ovs"):
-        Way.parse(words)
-
-
-def test_iptables_rules_are_as_many_as_asked() -> None:
-    """The filter holds exactly N rules, each for an address that nobody here has."""
-    rules = [line for line in rules_text(300).splitlines() if line.startswith("-A")]
-    assert len(rules) == len(set(rules)) == 300
-    assert all("-s 192.0.2." in rule and rule.endswith("-j DROP") for rule in rules)
-
-
 def test_only_leftovers_of_dead_benchmarks_are_swept() -> None:
     """The names of a living process's benchmark, and all other names, are left alone."""
     parent, dead = os.getppid(), 2**22 + 1  # above the highest pid there can be
     names = [f"up-bench-{parent}-a", f"underpass-bench-{parent}", f"up-bench-{dead}-sw"]
     names += [f"underpass-bench-{dead}", f"underpass-benchmark-{dead}", "underpass", f"{dead}"]
     assert leftovers(names) == [dead]
+
+
+def test_a_directory_that_cannot_be_written_is_refused_first(tmp_path: Path) -> None:
+    """Claim: that is told before anything is measured; nothing is made meanwhile."""
+    report.check(tmp_path / "new" / "deep")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").touch()
+    for wrong in (tmp_path / "file", tmp_path / "file" / "deep", Path("/proc/none")):
+        with pytest.raises(Usage, match="cannot write to"):
+            report.check(wrong)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from underpass.bench.bed import Bed
 from underpass.bench.compare import Mode, Placement, Reading, Volume
 from underpass.bench.naive import Naive
 from underpass.bench.programs import Measure, Workload
+from underpass.bench.way import Reach
 from underpass.dataplane import Dataplane
 from underpass.errors import UnderpassError
 from underpass.model import Counters
@@ -24,13 +26,16 @@ class Fake:
     """A bed, a generation and a stage without a kernel; ``breaks`` says which runs fail."""
 
     def __init__(self, breaks: Callable[[Mode], bool]) -> None:
-        self.breaks, self.said, self.directory = breaks, cast("list[str]", []), Path()
+        self.breaks, self.said, self.reach = breaks, cast("list[str]", []), Reach(Path())
 
     def counters(self) -> Counters:
         return Counters(0, 0, 0, {}, {"not-local": 0, "small-stream": 0})
 
     def cpu_seconds(self) -> float:
         return 0.0
+
+    def passed(self) -> int:
+        return 0
 
     def redirected(self) -> tuple[int, int]:
         return (0, 0)
@@ -81,3 +86,26 @@ def test_any_other_run_that_breaks_ends_it(monkeypatch: pytest.MonkeyPatch, mode
     """A run that underpass or plain TCP stands for must not fail."""
     with pytest.raises(UnderpassError, match="no end after 11 s"):
         compare(monkeypatch, Fake(lambda at: at is mode))
+
+
+class Trailing(Fake):
+    """Every run leaves messages behind that are counted with later looks, or in the next run."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda _: False)
+        self.counted = self.under_way = 0
+
+    def counters(self) -> Counters:
+        if self.under_way:
+            self.under_way, self.counted = self.under_way - 1, self.counted + 1
+        return replace(super().counters(), shortcut_messages_total=self.counted)
+
+    def client(self, mode: Mode, *rest: object) -> str:
+        self.counted, self.under_way = self.counted + self.under_way, 4
+        return super().client(mode, *rest)
+
+
+def test_what_a_run_left_under_way_is_not_the_next_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run begins when the counters stand still: only its own first message is seen here."""
+    (outcome,) = compare(monkeypatch, Trailing())
+    assert [sample.moved.shortcut_messages for sample in outcome.samples] == [1] * 6

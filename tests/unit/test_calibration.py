@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from underpass import calibration
-from underpass.bench import calibrate
+from underpass.bench import calibrate, others
 from underpass.calibration import Calibration, Point
 from underpass.model import Small
 
@@ -85,3 +85,20 @@ def test_what_cannot_be_used_is_as_if_it_were_not_there(tmp_path: Path, text: by
     assert calibration.read(place) is None
     assert calibration.bounds(place) == Small()
     assert calibration.read(tmp_path / "none") is None
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    """Claim: nobody hangs at what is no file."""
+    place = tmp_path / "calibration.json"
+    os.mkfifo(place)
+    assert calibration.read(place) is None
+
+
+def test_what_others_take_is_read_of_the_cores_that_are_measured_on() -> None:
+    """Claim: the share of these cores that was neither idle nor waiting for a disk."""
+    before = "cpu  9 9 9 9 9 9 9 9 0 0\ncpu0 5 0 5 100 0 0 0 0 0 0\ncpu1 0 0 0 0 0 0 0 0 0 0\n"
+    after = "cpu  0 0 0 0 0 0 0 0 0 0\ncpu0 10 1 5 112 6 0 0 0 5 0\ncpu1 90 0 0 10 0 0 0 0 0 0\n"
+    assert others.share(before, after, {0}) == pytest.approx(0.25)
+    assert others.share(before, after, {1}) == pytest.approx(0.9)
+    assert others.share(before, after, {0, 1}) == pytest.approx(1 - 28 / 124)
+    assert others.share(before, before, {0}) == 0

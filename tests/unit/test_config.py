@@ -95,3 +95,15 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     """Claim: a missing file is a usage error that names it."""
     with pytest.raises(Usage, match=r"missing\.toml"):
         config.read(tmp_path / "missing.toml")
+
+
+def test_the_agents_table(tmp_path: Path) -> None:
+    """Claim: [agent] is read, refused where it is wrong, and no matter to `up`."""
+    file = tmp_path / "underpass.toml"
+    file.write_text('capacity = 9\n[agent]\nlisten = ":9464"\nadopt = 0\n')
+    settings, agent = config.read_all(file)
+    assert settings == config.read(file) == Settings(capacity=9)
+    assert (agent.listen, agent.adopt, agent.check) == (":9464", 0, 5)
+    file.write_text("[agent]\ncheck = 0")
+    with pytest.raises(Usage, match=r"agent\.check"):
+        config.read_all(file)

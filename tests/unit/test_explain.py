@@ -53,6 +53,16 @@ def _one(state: str, *sockets: Socket) -> Finding:
     return finding
 
 
+def test_a_service_and_what_is_behind_it() -> None:
+    """An open connection is found by the service's address and by the server's own."""
+    near = replace(PAIRED, remote_address="10.96.0.9")
+    for server in (Target("10.96.0.9", 80), Target("10.0.0.2", 80), Target("10.0.0.2", None)):
+        [found] = explain(CLIENT, server, View("active", [], [near, FAR, LISTENER], {}))
+        assert found.sentence == _one("active", PAIRED, FAR, LISTENER).sentence
+    [found] = explain(CLIENT, Target("10.0.0.3", 80), View("active", [], [near, FAR], {}))
+    assert "No such connection" in found.sentence
+
+
 @pytest.mark.parametrize(
     ("text", "target"),
     [
@@ -124,6 +134,20 @@ def test_a_pair_is_explained_each_way() -> None:
     ]
     assert "10 messages" in found[0].sentence
     assert found[1].next_step == "run `underpass resume`"
+
+
+def test_pairs_from_one_port_are_told_apart() -> None:
+    """Claim: of pairs from one address and port the one that was asked for is explained."""
+    other = replace(FAR, endpoint=Endpoint("10.0.0.3", 80, "other"), cookie=5)
+    elsewhere = replace(PAIRED, remote_address="10.0.0.3", cookie=4, peer=other.cookie)
+    sockets = [replace(s, in_map=True) for s in (PAIRED, FAR, elsewhere, other)]
+    quick, slow = (Direction(path, path, 0, 0, 0) for path in ("shortcut", "paused"))
+    ends = ((FAR, quick), (other, slow))
+    pairs = [Pair(SOCKET.endpoint, far.endpoint, way, way) for far, way in ends]
+    for order in (pairs, pairs[::-1]):
+        for target, reason in ((SERVER, "shortcut"), (Target("10.0.0.3", 80), "paused")):
+            found = explain(CLIENT, target, View("active", order, sockets, {}))
+            assert [one.reason for one in found] == [reason, reason]
 
 
 def test_an_end_in_another_namespace_is_found_by_its_cookie() -> None:

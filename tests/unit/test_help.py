@@ -50,7 +50,9 @@ def test_every_help_is_laid_out(words: tuple[str, ...]) -> None:
     assert not any(one == other == "" for one, other in itertools.pairwise(lines))
 
 
-@pytest.mark.parametrize("words", [(), ("guard",)], ids=["underpass", "guard"])
+@pytest.mark.parametrize(
+    "words", [(), ("guard",), ("policy",)], ids=["underpass", "guard", "policy"]
+)
 def test_a_group_alone_shows_its_help(words: tuple[str, ...]) -> None:
     """Claim: a group without a command is a usage error that shows the help as `--help` does."""
     done = _underpass(*words)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tests.unit.fuzz import FUZZED
 from underpass import abi, records
 from underpass.bench.programs import _iperf_measures
+from underpass.bench.way import Reach
 from underpass.errors import UnderpassError, Usage
 from underpass.explain import Target, View, explain, merged, parse
 from underpass.model import Reason, plain
@@ -124,7 +125,7 @@ _JSON = st.recursive(
 @given(st.one_of(st.text(max_size=50), _JSON.map(json.dumps)))
 def test_any_output_of_iperf3(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     """Claim: whatever iperf3 prints is a reading or an error that quotes it."""
-    measure = _iperf_measures(tmp_path_factory.getbasetemp(), 1)[0]
+    measure = _iperf_measures(Reach(tmp_path_factory.getbasetemp()), 1)[0]
     try:
         reading = measure.parse(text)
     except UnderpassError as error:

@@ -1,0 +1,115 @@
+"""Requests that outgrow the budget, from clients that block: the answer is waited for as by TCP."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+import time
+from dataclasses import replace
+
+import pytest
+
+from tests.kernel.bed import SERVER4, UNGUARDED, Bed
+from tests.kernel.fixtures import MakePlane
+from tests.kernel.remote import _SOCKETS, Remote, couple
+from underpass.model import Fault
+from underpass.torture.patience import patient
+from underpass.torture.plans import MIB
+
+ADDRESS = (SERVER4, 8080)
+REQUEST = 3_000_000
+SETTINGS = replace(UNGUARDED, budget_bytes=MIB)
+ANSWER = b"a" * 100
+SHORT = 1000
+
+
+def _ask(number: int, rounds: int) -> int:
+    """Send a request and wait for its answer, time and again; in which round recv said EAGAIN."""
+    client = _SOCKETS[number]
+    client.setblocking(True)
+    request = bytes(REQUEST)
+    for done in range(rounds):
+        client.sendall(request)
+        left = len(ANSWER)
+        while left:
+            try:
+                left -= len(client.recv(left))
+            except BlockingIOError:
+                return done
+    return rounds
+
+
+def _answer(number: int, rounds: int) -> None:
+    """Read requests with pauses, so that they come to wait, and answer each."""
+    server, choose = _SOCKETS[number], random.Random(1)
+    server.settimeout(patient(30))
+    for _ in range(rounds):
+        time.sleep(choose.random() * 0.02)
+        left = REQUEST
+        while left:
+            taken = len(server.recv(min(left, choose.randint(1, MIB // 4))))
+            if not taken:
+                return
+            left -= taken
+            if choose.randrange(8) == 0:
+                time.sleep(choose.random() * 0.002)
+        time.sleep(choose.random() * 0.003)
+        server.sendall(ANSWER)
+
+
+def _rounds_without(near: Remote, far: Remote, rounds: int) -> int:
+    answering = far.worker.submit(_answer, far.number, rounds)
+    asked = near.worker.submit(_ask, near.number, rounds).result(patient(100))
+    near.close()
+    with contextlib.suppress(OSError):
+        answering.result(patient(40))
+    return asked
+
+
+@pytest.mark.parametrize("paused", [False, True], ids=["over budget", "paused"])
+@pytest.mark.parametrize("size", [0, 60_000, 200_000])
+def test_a_blocking_client_waits_for_its_answer(
+    bed: Bed, plane: MakePlane, size: int, *, paused: bool
+) -> None:
+    """Claim: what TCP says of room to write wakes no reader that would take it for a timeout.
+
+    Nor where the program has chosen the size of its send buffer itself; that stays what it was.
+    """
+    underpass = plane(SETTINGS)
+    near, far = couple(bed.worker("client"), bed.worker("server"), ADDRESS)
+    if size:
+        near.set_option(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
+    near.send(1, SHORT)
+    far.receive(1, SHORT)
+    underpass.set_paused(paused)
+    assert _rounds_without(near, far, 100) == 100
+    reason = "paused" if paused else "budget-bytes"
+    assert underpass.counters().tcp_messages_total[reason] > 20
+
+
+def _size_while_narrow(near: Remote, far: Remote) -> int:
+    """Fill what may wait and more, so that TCP holds the sender; the size of its send buffer."""
+    for _ in range(20):
+        near.fill(1, 65536, 64 * MIB, 0.1)
+        far.receive(1, 65536)
+    return near.option(socket.SOL_SOCKET, socket.SO_SNDBUF)
+
+
+def test_a_size_that_the_program_sets_stays(bed: Bed, plane: MakePlane) -> None:
+    """Claim: also one that it sets while we hold its send buffer narrow."""
+    plane(SETTINGS)
+    near, far = couple(bed.worker("client"), bed.worker("server"), ADDRESS)
+    near.send(1, SHORT)
+    far.receive(1, SHORT)
+    assert _size_while_narrow(near, far) == 262144
+    near.set_option(socket.SOL_SOCKET, socket.SO_SNDBUF, 60_000)
+    assert _size_while_narrow(near, far) == 120_000
+
+
+def test_twin_that_rouses_readers(bed: Bed, plane: MakePlane) -> None:
+    """Claim: woken for room, such a client's recv says EAGAIN; the test above would notice."""
+    underpass = plane(SETTINGS, Fault.ROUSING)
+    near, far = couple(bed.worker("client"), bed.worker("server"), ADDRESS)
+    assert _rounds_without(near, far, 3000) < 3000
+    assert underpass.counters().tcp_messages_total["budget-bytes"] > 0
