@@ -8,6 +8,7 @@ steps that no thread is left inside a native read, where redirected bytes would 
 from __future__ import annotations
 
 import ctypes
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -55,20 +56,22 @@ class Outcome:
         server: its server's end.
         reason: why it stays on TCP for now.
         detail: more about the reason, for people; may be empty.
+        again: seconds after which it is worth another pass, a thread was in the way; else None.
     """
 
     client: Endpoint
     server: Endpoint
     reason: Reason
     detail: str = ""
+    again: float | None = None
 
 
 class _StaysOut(Exception):
     """A connection is not taken in, and why."""
 
-    def __init__(self, reason: Reason, detail: str = "") -> None:
+    def __init__(self, reason: Reason, detail: str = "", again: float = 0.0) -> None:
         super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
+        self.reason, self.detail, self.again = reason, detail, again
 
 
 def possible() -> bool:
@@ -158,7 +161,7 @@ class _Pass:
         for couple in found:
             if wait := waits(couple, now, first_wait):
                 reason = REASONS[couple.client.reason or couple.server.reason]
-                self._leave(couple, _StaysOut(reason, f"may come back in {wait:.0f} s"))
+                self._leave(couple, _StaysOut(reason, f"may come back in {wait:.0f} s", wait))
             elif not proven(couple):
                 self._leave(couple, _StaysOut(Reason.ADDRESS_MISMATCH))
         try:
@@ -359,20 +362,28 @@ class _Pass:
             libbpf.delete(fd, cookie)
 
     def _leave(self, couple: Couple, why: _StaysOut) -> None:
-        self.left[couple] = self._outcome(couple, why.reason, why.detail)
+        again = (why.again or FIRST_WAIT) if why.reason is Reason.READER_WAITS else None
+        self.left[couple] = self._outcome(couple, why.reason, why.detail, again)
 
-    def _outcome(self, couple: Couple, reason: Reason, detail: str = "") -> Outcome:
+    def _outcome(
+        self, couple: Couple, reason: Reason, detail: str = "", again: float | None = None
+    ) -> Outcome:
         client, server = (
             Endpoint(abi.address(e.local_ip), e.local_port, self.places[e.netns].label)
             for e in couple.ends
         )
-        return Outcome(client, server, reason, detail)
+        return Outcome(client, server, reason, detail, again)
 
 
 def summary(outcomes: list[Outcome]) -> tuple[int, Counter[str]]:
     """How many were taken in, and how many stay on TCP by reason. Pure."""
     stay = Counter(o.reason.word for o in outcomes if o.reason is not Reason.SHORTCUT)
     return sum(o.reason is Reason.SHORTCUT for o in outcomes), stay
+
+
+def again(outcomes: list[Outcome]) -> float:
+    """Seconds after which another pass is worth it for one of them; infinite: it is not. Pure."""
+    return min((o.again for o in outcomes if o.again is not None), default=math.inf)
 
 
 def told(outcomes: list[Outcome]) -> str:

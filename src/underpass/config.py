@@ -29,6 +29,7 @@ _MOST = 64 << 10  # bytes that are read: what never ends, or nearly, is no confi
 #: How msgspec says where; a field that is unknown is not in its path.
 _AT = re.compile(r"(.*?)(?: - at `\$\.?(.*)`)?", re.DOTALL)
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
+_CHOICE = re.compile(r"Invalid enum value '(.*)'", re.DOTALL)
 _SERVER = re.compile(r"https://(?:\[([0-9a-fA-F:.]+)\]|([\w.-]+)):([0-9]{1,5})/?")
 _SHORTEST_REPROOF = 0.1  # seconds
 _WIDEST = 1000  # characters of a line: tomllib's memory grows with the square of a dotted key
@@ -177,6 +178,9 @@ def _placed(message: str) -> Wrong:
     cause, at = (found[1], positions.parse(found[2] or "")) if found else (message, ())
     if unknown := _UNKNOWN.fullmatch(cause):
         return Wrong((*at, unknown[1]), "there is no such field")
+    if (choice := _CHOICE.fullmatch(cause)) and at and at[-1] in policy_config.CHOICES:
+        words = ", ".join(policy_config.CHOICES[str(at[-1])])
+        return Wrong(at, f"'{choice[1]}' is none of {words}")
     return Wrong(at, cause)
 
 

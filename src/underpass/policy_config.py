@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import msgspec
 from msgspec import Meta
@@ -28,10 +28,16 @@ class Wrong(Exception):
         self.path, self.cause = path, cause
 
 
+_Action = Literal["allow", "deny"]
+_Mode = Literal["default-on", "opt-out", "opt-in"]
+#: Field -> the words that it may be.
+CHOICES: dict[str, tuple[str, ...]] = {"action": get_args(_Action), "mode": get_args(_Mode)}
+
+
 class RuleTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """``[[policy.rule]]``."""
 
-    action: Literal["allow", "deny"]
+    action: _Action
     name: Annotated[str, Meta(max_length=100)] = ""
     namespaces: tuple[_Name, ...] = ()
     namespace_labels: _Labels = {}  # msgspec copies it
@@ -45,7 +51,7 @@ class RuleTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 class PolicyTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """``[policy]``."""
 
-    mode: Literal["default-on", "opt-out", "opt-in"] = "default-on"
+    mode: _Mode = "default-on"
     namespace_marks: bool = True
     rule: Annotated[tuple[RuleTable, ...], Meta(max_length=policy.MOST_RULES)] = ()
 

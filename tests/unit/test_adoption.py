@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 from underpass import abi, adoption
@@ -90,6 +91,15 @@ def test_a_pass_is_told_in_one_line() -> None:
     found = outcomes(Reason.GUARDED, Reason.OBSERVED, Reason.OBSERVED)
     told = adoption.told(found)
     assert told == "0 open connections taken in; on TCP for now: 2 observed, 1 guarded"
+
+
+def test_a_busy_thread_is_worth_another_pass() -> None:
+    """Claim: the soonest of those that threads were in the way of; no other reason hurries."""
+    at = Endpoint("10.0.0.1", 1, "pod")
+    rest = [Outcome(at, at, Reason.GUARDED), Outcome(at, at, Reason.SHORTCUT)]
+    assert adoption.again([]) == adoption.again(rest) == math.inf
+    busy = [Outcome(at, at, Reason.READER_WAITS, again=seconds) for seconds in (40.0, 10.0)]
+    assert adoption.again([*rest, *busy]) == 10.0
 
 
 def test_the_records_of_an_iterator_are_cut_at_a_fragment() -> None:

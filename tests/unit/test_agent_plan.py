@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import socket
 from dataclasses import replace
 
@@ -33,12 +34,17 @@ from underpass.policy import Compiled, Mode, Policy, Rule
 EVERY = {Job.CHECK: 5.0, Job.ADOPT: 60.0, Job.ARM: 0.0}
 
 
+def _done(table: Timetable, job: Job, now: float) -> None:
+    table.begin(job)
+    table.done(job, now)
+
+
 def test_jobs_come_in_their_time() -> None:
     """Claim: all are due at once, then each after its own interval, and one with none never."""
     table = Timetable(EVERY, 100.0)
     assert table.due(100.0) == [Job.CHECK, Job.ADOPT]
-    table.done(Job.CHECK, 101.0)
-    table.done(Job.ADOPT, 102.0)
+    _done(table, Job.CHECK, 101.0)
+    _done(table, Job.ADOPT, 102.0)
     assert table.due(105.9) == []
     assert table.due(106.0) == [Job.CHECK]
     assert table.sleep(102.0, 10.0) == 4.0
@@ -55,7 +61,7 @@ def test_what_fails_is_tried_later_and_later() -> None:
     table.failed(Job.CHECK, 5.0)
     assert table.due(14.9) == [Job.ADOPT]
     assert Job.CHECK in table.due(15.0)
-    table.done(Job.CHECK, 15.0)
+    _done(table, Job.CHECK, 15.0)
     table.failed(Job.CHECK, 20.0)
     assert Job.CHECK in table.due(25.0)
 
@@ -64,13 +70,13 @@ def test_hurry_and_change() -> None:
     """Claim: a job can be hurried, never put off; other intervals hold at once."""
     table = Timetable(EVERY, 0.0)
     for job in (Job.CHECK, Job.ADOPT):
-        table.done(job, 0.0)
+        _done(table, job, 0.0)
     table.hurry(Job.ADOPT, 1.0)
     table.hurry(Job.CHECK, 50.0)
     table.hurry(Job.ARM, 0.0)
     assert table.due(1.0) == [Job.ADOPT]
     assert table.due(5.0) == [Job.CHECK, Job.ADOPT]
-    table.done(Job.ADOPT, 1.0)
+    _done(table, Job.ADOPT, 1.0)
     table.change({Job.CHECK: 500.0, Job.ADOPT: 2.0, Job.ARM: 9.0}, 1.0)
     assert table.due(1.0) == [Job.ARM]
     assert table.due(3.0) == [Job.ARM, Job.ADOPT]
@@ -80,12 +86,12 @@ def test_hurry_and_change() -> None:
 def test_what_is_hurried_keeps_its_distance() -> None:
     """Claim: news join one run; the next is never sooner than some seconds after the last."""
     table = Timetable(EVERY, 0.0)
-    table.done(Job.ADOPT, 0.0)
+    _done(table, Job.ADOPT, 0.0)
     for news in (10.0, 11.0, 11.9):
         table.hurry(Job.ADOPT, news + 2.0, APART)
     assert Job.ADOPT not in table.due(11.9)
     assert Job.ADOPT in table.due(12.0)
-    table.done(Job.ADOPT, 12.0)
+    _done(table, Job.ADOPT, 12.0)
     table.hurry(Job.ADOPT, 13.0, APART)
     table.change(EVERY, 13.0)
     assert Job.ADOPT not in table.due(16.9)
@@ -94,6 +100,25 @@ def test_what_is_hurried_keeps_its_distance() -> None:
     table.hurry(Job.ADOPT, 18.0, APART)
     assert Job.ADOPT not in table.due(21.9)
     assert Job.ADOPT in table.due(22.0)
+
+
+def test_what_is_hurried_as_it_runs_is_about_its_next_run() -> None:
+    """Claim: a pass that leaves some for later is followed by one then; one that fails waits."""
+    table = Timetable(EVERY, 0.0)
+    table.begin(Job.ADOPT)
+    table.hurry(Job.ADOPT, 11.0)
+    table.done(Job.ADOPT, 1.0)
+    assert Job.ADOPT not in table.due(10.9)
+    assert Job.ADOPT in table.due(11.0)
+    table.begin(Job.ADOPT)
+    table.hurry(Job.ADOPT, math.inf)
+    table.done(Job.ADOPT, 12.0)
+    assert Job.ADOPT in table.due(72.0)
+    assert Job.ADOPT not in table.due(71.9)
+    table.begin(Job.ADOPT)
+    table.hurry(Job.ADOPT, 73.0)
+    table.failed(Job.ADOPT, 72.0)
+    assert Job.ADOPT not in table.due(131.9)
 
 
 _POD = Pod("default", "web", "u", cgroup="kubepods/pod1", cgroup_id=7, namespace_labels={})

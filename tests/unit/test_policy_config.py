@@ -83,10 +83,13 @@ def test_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "where"),
     [
-        ('mode = "off"', "line 2: policy.mode: "),
+        (
+            'mode = "off"',
+            "line 2: policy.mode: 'off' is none of default-on, opt-out, opt-in;",
+        ),
         ("mode = 1", "line 2: policy.mode: "),
         ("mood = 1", "line 2: policy.mood: there is no such field"),
-        ('[[policy.rule]]\naction = "drop"', "line 3: policy.rule[0].action: "),
+        ('[[policy.rule]]\naction = "drop"', "[0].action: 'drop' is none of allow, deny;"),
         ('[[policy.rule]]\nname = "x"', "line 2: policy.rule[0]: "),
         ('[[policy.rule]]\naction="deny"\nport = [1]', "line 4: policy.rule[0].port: "),
         (

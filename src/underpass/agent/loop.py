@@ -220,6 +220,7 @@ class Agent:
             self._attempt("reload", self._reload)
         self._reap()
         for job in self._timetable.due(now):
+            self._timetable.begin(job)
             action = getattr(self, f"_{job}")
             well = self._attempt(job, action)
             (self._timetable.done if well else self._timetable.failed)(job, time.monotonic())
@@ -403,6 +404,7 @@ class Agent:
         self.tally.adopted += taken
         # what is gone shows as 0, not as a series that ends
         self.tally.staying = dict.fromkeys(self.tally.staying, 0) | dict(stay)
+        self._timetable.hurry(Job.ADOPT, time.monotonic() + adoption.again(outcomes))
         if taken:
             self.journal.say("adopted", connections=taken, on_tcp=dict(stay))
 

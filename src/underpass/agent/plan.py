@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -54,11 +55,15 @@ class Timetable:
         """Seconds until the next job is due, ``most`` at most."""
         return max(0.0, min([most, *(at - now for at in self._at.values())]))
 
+    def begin(self, job: Job) -> None:
+        """It runs: what hurries it from now on is about its next run."""
+        self._at[job] = math.inf
+
     def done(self, job: Job, now: float) -> None:
         """It went well."""
         self._failures[job] = 0
         self._ran[job] = now
-        self._at[job] = now + self._every[job]
+        self._at[job] = min(self._at[job], now + self._every[job])
 
     def failed(self, job: Job, now: float) -> None:
         """It did not."""
