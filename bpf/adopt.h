@@ -115,7 +115,7 @@ static __always_inline enum up_reason check(const struct up_order *order, const 
 {
 	const struct sock *sk = (const struct sock *)tp;
 	__u64 refs = references(sk);
-	int calls = inside(sk), native = native_readers(order->sock), polls = knobs.poll_wake ? waiters(sk, knobs.poll_wake, 0) : 0;
+	int calls = inside(sk), native = native_readers(order->sock), polls = knobs.poll_wake ? waiters(order->sock, knobs.poll_wake, 0) : 0;
 	int beyond = (int)refs - (int)order->descriptors - polls;
 
 	if (fault(UP_FAULT_HASTY_PAIR))

@@ -151,11 +151,9 @@ static __always_inline bool told_of_end(const struct endpoint *ep, const struct 
  * ACK (SO_LINGER) sleeps in none. */
 static __always_inline bool sleeps_in_ours(const struct endpoint *ep)
 {
-	const struct sock *sk = (const void *)ep->sock;
-
 	if (!knobs.recv_code[0] || !knobs.recv_wake)
 		return false;
-	return waiters(sk, knobs.recv_wake, IN_OUR_RECV) > 0 || (psock_of(sk) && in_use(ep->sock));
+	return waiters(ep->sock, knobs.recv_wake, IN_OUR_RECV) > 0 || (psock_of((const struct sock *)ep->sock) && in_use(ep->sock));
 }
 
 /* Is this the ACK of our FIN, and would it wake a reader for nothing? What carries bytes, or the peer's own end, is
@@ -191,7 +189,7 @@ static __always_inline bool ends_too_early(struct bpf_sock *sk, const struct seg
 	if (!psock_of((const struct sock *)ep->sock) || (__s32)(seg->end - r.rcv_nxt) < 0) /* out of the map, or in already */
 		return false;
 	/* Another thread of the sender's is inside send, and its bytes come before the end. Who cannot tell lets it come. */
-	if (ep->peer_sock && sleepers((const struct sock *)ep->peer_sock) >= 0 && more_may_come(ep))
+	if (ep->peer_sock && sleepers(ep->peer_sock) >= 0 && more_may_come(ep))
 		return held_back(ep);
 	redirected = has_unread((const struct sock *)ep->sock);
 	/* What comes with the FIN itself never comes without it: then the reader leaves the map (end_of_file). */

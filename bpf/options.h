@@ -80,7 +80,7 @@ static __noinline void set_buffer(struct bpf_sock_ops *ctx, struct endpoint *ep,
 		return;
 	if (!narrow && READ(sk, sk_sndbuf) != 2 * NARROW_BUFFER)
 		return;
-	if (psock_of(sk) && reader_sleeps(sk) && !fault(UP_FAULT_ROUSING)) /* this would wake it: see no_room_left() */
+	if (psock_of(sk) && reader_sleeps(ep->sock) && !fault(UP_FAULT_ROUSING)) /* this would wake it: see no_room_left() */
 		return;
 	if (bpf_setsockopt(ctx, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size)))
 		return;
@@ -92,13 +92,13 @@ static __noinline void set_buffer(struct bpf_sock_ops *ctx, struct endpoint *ep,
 /* A send has left the mark that it waits for room, though it found some (sk_stream_wait_memory). An ACK then wakes whoever
  * sleeps on the socket, and a reader in the map that is woken for nothing returns EAGAIN (tcp_msg_wait_data). So the mark
  * is taken away while nobody sleeps: by room, which a change of the buffer's size tells of, and then that is as before. */
-static __noinline void no_room_left(struct bpf_sock_ops *ctx, const struct tcp_sock *tp)
+static __noinline void no_room_left(struct bpf_sock_ops *ctx, const struct endpoint *ep, const struct tcp_sock *tp)
 {
 	const struct sock *sk = &tp->inet_conn.icsk_inet.sk;
 	const struct socket *socket = READ(sk, sk_socket);
 	int size = (__u32)READ(sk, sk_sndbuf) >> 1, wide = WIDE_BUFFER, lowat = 0;
 
-	if (!(READ(socket, flags) >> SOCK_NOSPACE & 1) || waiters(sk, 0, 0) || fault(UP_FAULT_ROUSING))
+	if (!(READ(socket, flags) >> SOCK_NOSPACE & 1) || waiters(ep->sock, 0, 0) || fault(UP_FAULT_ROUSING))
 		return;
 	/* A size that somebody set, we or the program, is put back as it was; above that it could not be. */
 	if (sndbuf_locked(sk) && size <= WIDE_BUFFER) {

@@ -111,7 +111,7 @@ static __noinline void on_client(struct bpf_sock_ops *ctx)
 	shake.client_sock = (__u64)tp;
 	shake.client_state = (__u64)ep;
 	ep->loopback = shake.loopback = shake.view.netns == bpf_get_netns_cookie(ctx);
-	shake.early = !tp || sleepers((const struct sock *)tp) != 0;
+	shake.early = !tp || sleepers(ep->sock) != 0;
 	error = bpf_map_update_elem(&handshakes, &key, &shake,
 				    fault(UP_FAULT_ADDRESS_KEYS) ? BPF_ANY : BPF_NOEXIST);
 	if (error) {

@@ -64,10 +64,11 @@ static __always_inline int inside(const struct sock *sk)
 
 enum recv { IN_NO_RECV, IN_NATIVE_RECV, IN_OUR_RECV, IN_SOME_RECV };
 
-/* On the stack of a thread inside which recv is this entry? sk_wait_data() keeps it in its frame, right above which
+/* On the stack of a thread inside which recv is the wait queue entry at this address? An enum recv. sk_wait_data() keeps it in its frame, right above which
  * stands an address in tcp_recvmsg_locked() to return to; tcp_msg_wait_data() has one in ours there, or is part of it.
- * The first that is found decides: what stands farther up may be left from calls that are over. */
-static __always_inline enum recv waits_in(const struct wait_queue_entry *entry)
+ * The first that is found decides: what stands farther up may be left from calls that are over. Global, as all that
+ * loops here, so that the verifier looks at it once and not at each of its calls. */
+__noinline int waits_in(__u64 entry)
 {
 	const __u64 *at = (const void *)entry;
 	__u64 word;
@@ -85,10 +86,11 @@ static __always_inline enum recv waits_in(const struct wait_queue_entry *entry)
 
 #define WAITERS 8 /* epoll instances and threads: of more it is not known who sleeps */
 
-/* How many wait on this socket to be woken by the function at `wake`, 0 = any, and may do so inside this recv, 0 =
- * anywhere; -1 = cannot tell. */
-static __always_inline int waiters(const struct sock *sk, __u64 wake, enum recv inside)
+/* How many wait on the socket at this address to be woken by the function at `wake`, 0 = any, and may do so inside this
+ * enum recv, 0 = anywhere; -1 = cannot tell. */
+__noinline int waiters(__u64 sock, __u64 wake, int inside)
 {
+	const struct sock *sk = (const void *)sock;
 	const struct wait_queue_entry *entry;
 	const struct list_head *head, *at;
 	int i, count = 0;
@@ -100,23 +102,23 @@ static __always_inline int waiters(const struct sock *sk, __u64 wake, enum recv 
 	at = READ(head, next);
 	for (i = 0; i < WAITERS && at != head; i++) {
 		entry = (const void *)at - bpf_core_field_offset(struct wait_queue_entry, entry);
-		if ((!wake || (__u64)READ(entry, func) == wake) && (!inside || waits_in(entry) & inside))
+		if ((!wake || (__u64)READ(entry, func) == wake) && (!inside || waits_in((__u64)entry) & inside))
 			count++;
 		at = READ(at, next);
 	}
 	return at == head ? count : -1;
 }
 
-/* Threads asleep in a read or write of this socket; -1 = cannot tell. Poll and epoll do not count. */
-static __always_inline int sleepers(const struct sock *sk)
+/* Threads asleep in a read or write of the socket at this address; -1 = cannot tell. Poll and epoll do not count. */
+static __always_inline int sleepers(__u64 sock)
 {
-	return waiters(sk, knobs.recv_wake, 0);
+	return waiters(sock, knobs.recv_wake, 0);
 }
 
-/* May a thread be asleep in a read of this socket? One that waits for room to write is counted by the kernel. */
-static __always_inline bool reader_sleeps(const struct sock *sk)
+/* May a thread be asleep in a read of it? One that waits for room to write is counted by the kernel. */
+static __always_inline bool reader_sleeps(__u64 sock)
 {
-	return sleepers(sk) != READ(sk, sk_write_pending);
+	return sleepers(sock) != READ((const struct sock *)sock, sk_write_pending);
 }
 
 /* Threads asleep in native recv of the socket at this address, where redirected bytes do not wake them; -1 = cannot
@@ -128,8 +130,8 @@ __noinline int native_readers(__u64 sock)
 	int ours, asleep;
 
 	if (knobs.recv_code[0] && knobs.recv_wake)
-		return waiters(sk, knobs.recv_wake, IN_NATIVE_RECV);
-	asleep = sleepers(sk);
+		return waiters(sock, knobs.recv_wake, IN_NATIVE_RECV);
+	asleep = sleepers(sock);
 	ours = inside(sk);
 	return asleep > ours ? asleep - ours : asleep < 0 ? -1 : 0;
 }
@@ -141,7 +143,7 @@ static __always_inline bool awake_inside(__u64 sock, int here)
 	const struct sock *sk = (const void *)sock;
 	int native = native_readers(sock);
 
-	return native < 0 || inside(sk) - here > sleepers(sk) - native;
+	return native < 0 || inside(sk) - here > sleepers(sock) - native;
 }
 
 /* Is the socket that this endpoint knows as its peer's still that, and not another that took its memory? Asked last. */
@@ -170,32 +172,39 @@ static __always_inline bool in_use(__u64 sock)
 #define COPY_NS 10000      /* an idle reader's call, and then some */
 #define COPY_MOST_NS 50000 /* sleeping and waking costs the sender as much */
 
+/* Looks at a socket that a thread holds. */
+struct hold {
+	__u64 sock, until;
+	const struct endpoint *state;
+	bool on;
+};
+
+static long look_again(__u32 i __attribute__((unused)), struct hold *hold)
+{
+	__u8 waits = 0;
+
+	hold->on = in_use(hold->sock);
+	if (!hold->on)
+		return 1;
+	bpf_probe_read_kernel(&waits, sizeof(waits), &hold->state->waits);
+	hold->on = !waits;
+	return waits || bpf_ktime_get_ns() >= hold->until;
+}
+
 /* Does a thread hold the socket at this address, whose endpoint is at `state`, for longer than it takes to copy what
  * waits? bpf_tcp_ingress() would sleep until it lets go, whether or not the sender may sleep, and not even SIGKILL
  * would wake it; and that thread may be in a page fault, or have no processor. TCP has the backlog for this. One that
- * looks on in the same way, from the other end, lets go of its own socket next. Global, so that the verifier looks at
- * it once. */
+ * looks on in the same way, from the other end, lets go of its own socket next. Global: see waits_in(). */
 __noinline int held_for_long(__u64 sock, __u64 state, __u32 unread)
 {
-	const struct endpoint *peer = (const void *)state;
-	__u64 patience = COPY_NS + unread / 4, until;
-	int i;
+	struct hold hold = {.sock = sock, .state = (const void *)state, .on = 1};
+	__u64 patience = COPY_NS + unread / 4;
 
 	if (patience > COPY_MOST_NS)
 		patience = COPY_MOST_NS;
-	until = bpf_ktime_get_ns() + patience;
-	for (i = 0; i < COPY_LOOKS; i++) {
-		__u8 waits = 0;
-
-		if (!in_use(sock))
-			return 0;
-		bpf_probe_read_kernel(&waits, sizeof(waits), &peer->waits);
-		if (waits)
-			return 0;
-		if (bpf_ktime_get_ns() >= until)
-			break;
-	}
-	return 1;
+	hold.until = bpf_ktime_get_ns() + patience;
+	bpf_loop(COPY_LOOKS, look_again, &hold, 0);
+	return hold.on;
 }
 
 #define CGROUPS_ABOVE 6

@@ -179,8 +179,8 @@ static __always_inline struct sealed *last_caller(__u64 run)
 	return bpf_map_lookup_elem(&last_callers, &slot);
 }
 
-/* The calling task's program, entered into the list if it is new. */
-static __noinline __u64 current_program(void)
+/* The calling task's program, entered into the list if it is new. Global: see waits_in(). */
+__noinline __u64 current_program(void)
 {
 	__u64 key, start, size;
 	const struct mm_struct *mm;

@@ -71,10 +71,10 @@ static __always_inline void note_side(struct endpoint *ep, bool beside)
 /* The reader has taken all, so that nothing is overtaken, and a reader of both kinds of bytes, one that peeks or one
  * that is told of edges, meets each by itself. A thread that sleeps in a read of this very socket would be woken for
  * nothing by the room that TCP makes (tcp_msg_wait_data), and keep it in tcp_bpf: then the stream stays. */
-static __always_inline bool goes_now(struct endpoint *ep, const struct tcp_sock *tp)
+static __always_inline bool goes_now(struct endpoint *ep)
 {
 	ep->emptying = 0;
-	if (ep->leave || sleepers((const struct sock *)tp))
+	if (ep->leave || sleepers(ep->sock))
 		return false;
 	wants_out(ep, UP_SMALL_STREAM);
 	ep->hasty = 1;
@@ -112,7 +112,7 @@ static __always_inline bool streams_small(struct endpoint *ep, const struct up_c
 		note_side(ep, ran_beside(ep, sent, taken));
 		if (ep->side == -RUNS_ALIKE || (ep->side != RUNS_ALIKE && bound < beside))
 			beside = bound; /* while it is not clear where the reader runs, what is small on any core counts */
-		if (size < beside && now != ~0ull && ep->answered != ~0ull && !sleepers((const struct sock *)tp) &&
+		if (size < beside && now != ~0ull && ep->answered != ~0ull && !sleepers(ep->sock) &&
 		    (now - ep->answered < RUN / PER_ANSWER || fault(UP_FAULT_DEAF)))
 			return true;
 	}

@@ -114,7 +114,7 @@ static __always_inline bool may_turn(const struct endpoint *ep, const struct tcp
 
 	if ((knobs.fionread_broken && looks & UP_COUNTS) || (unread && looks & UP_PEEKS))
 		return false;
-	return (size <= SMALL_PROOF && tp->snd_una == tp->write_seq) || !sleepers((const struct sock *)tp);
+	return (size <= SMALL_PROOF && tp->snd_una == tp->write_seq) || !sleepers(ep->sock);
 }
 
 /* As held_for_long(), while the other end can see that we look on. Who may not turn sleeps. */
@@ -248,7 +248,7 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 		return UP_PEEK_OFF;
 	if (!ep->leave && !ep->emptying && streams_small(ep, ctl, tp, msg->size, &r))
 		ep->emptying = 1;
-	if (ep->emptying && !r.unread && goes_now(ep, tp))
+	if (ep->emptying && !r.unread && goes_now(ep))
 		return UP_LEAVING;
 	if (ctl->reproof_ns && proof_due(ep, tp, msg->size, ctl->reproof_ns, &r) && !order_at_stake(ep))
 		return UP_REPROOF;

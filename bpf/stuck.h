@@ -239,7 +239,7 @@ static __noinline void on_packet(struct bpf_sock_ops *ctx)
 	if (why)
 		follow(ep, why);
 	set_buffer(ctx, ep, tp, ep->held);
-	no_room_left(ctx, tp);
+	no_room_left(ctx, ep, tp);
 	if (CTX(state) == BPF_TCP_FIN_WAIT1) /* its FIN: a moment later, perhaps a better one */
 		return half_close(ctx, ep);
 	copied = tp->copied_seq;

@@ -71,7 +71,8 @@ def locked(pins: Path, seconds: float = 60.0) -> Iterator[None]:
         except FileNotFoundError:
             continue  # its last holder has just removed it
         except OSError as error:
-            raise KernelError("lock", pins, error.errno or 0, "check bpffs") from None
+            step = "run as root" if isinstance(error, PermissionError) else "check bpffs"
+            raise KernelError("lock", pins, error.errno or 0, step) from None
         with libbpf.Fd(fd):
             if not _flock(fd):
                 if time.monotonic() > deadline:

@@ -22,6 +22,8 @@ FAMILIES = pytest.mark.parametrize(
         pytest.param(f"::ffff:{SERVER4}", "::", id="IPv4-mapped at both ends"),
     ],
 )
+ROUNDS = 5
+"""Of deferred clients, until a server of theirs reads in time: on a busy machine none of 500 may."""
 FORCED = 0.3
 """Share of messages thrown onto TCP at random."""
 
@@ -39,11 +41,14 @@ def _mixed(bed: Bed, target: str, listen: str, seed: int, deadline: float = 30) 
 def test_deferred_clients_lose_no_order(bed: Bed, plane: MakePlane) -> None:
     """Claim: 500 times, 64 messages behind a deferred handshake ACK arrive in order."""
     underpass = plane()
-    _deferred(bed).check()
-    counters = underpass.counters()
-    assert counters.pairs_total == 500
-    assert counters.tcp_messages_total["tcp-unread"] > 0
-    assert counters.shortcut_messages_total > 0
+    for rounds in range(1, ROUNDS + 1):
+        _deferred(bed).check()
+        counters = underpass.counters()
+        assert counters.pairs_total == 500 * rounds
+        assert counters.tcp_messages_total["tcp-unread"] > 0
+        if counters.shortcut_messages_total:
+            return
+    pytest.fail(f"all of {500 * ROUNDS} clients had sent all before their servers read any")
 
 
 def test_writers_that_wait_for_the_connection(bed: Bed, plane: MakePlane) -> None:
