@@ -23,7 +23,7 @@ FAMILIES = pytest.mark.parametrize(
     ],
 )
 ROUNDS = 5
-"""Of deferred clients, until a server of theirs reads in time: on a busy machine none of 500 may."""
+"""Of deferred clients, until a server reads in time: on a busy machine none of 500 may."""
 FORCED = 0.3
 """Share of messages thrown onto TCP at random."""
 
