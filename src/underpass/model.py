@@ -172,7 +172,7 @@ class Small(NamedTuple):
         loopback_nodelay: the same with TCP_NODELAY.
     """
 
-    virtual: int = 48
+    virtual: int = 80
     virtual_beside: int = 96
     virtual_nodelay: int = 4
     virtual_nodelay_beside: int = 0
