@@ -125,7 +125,7 @@ def _lift(pins: Path) -> None:
 
 
 def bounds(points: Iterable[Point]) -> Small:
-    """The bound of each road at each placement; the built-in one where nothing was measured. Pure."""
+    """The bound of each road at each placement; the built-in one where none was measured. Pure."""
     ratios: dict[str, dict[int, float]] = {}
     for point in points:
         beside = point.placement == "two-cores"
