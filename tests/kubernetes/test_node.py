@@ -302,14 +302,18 @@ def test_a_pod_and_a_namespace_opt_out(installed: Cluster) -> None:
             assert "policy" in said
         installed.kubectl("annotate", "pod", by_pod.client, "underpass.io/shortcut-")
         installed.kubectl("label", "namespace", "slow", "underpass.io/shortcut-")
-        wait_until(
-            lambda: all(
-                len(beds.to(port)) == 2 and all(map(by_shortcut, beds.to(port).values()))
-                for port in (7002, 7004)
-            ),
-            "they are taken in",
-            30,
-        )
+        try:
+            wait_until(
+                lambda: all(
+                    len(beds.to(port)) == 2 and all(map(by_shortcut, beds.to(port).values()))
+                    for port in (7002, 7004)
+                ),
+                "they are taken in",
+                30,
+            )
+        except AssertionError as late:
+            told = [line for line in installed.logs() if line["event"] in ("adopted", "policy")]
+            raise AssertionError(f"{late}\n{told}\n{in_agent(installed, 'adopt')}") from None
     installed.kubectl("delete", "namespace", "slow", "--wait=false")
 
 
