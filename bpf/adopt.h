@@ -142,13 +142,6 @@ static __always_inline bool set_callbacks(struct tcp_sock *tp, const struct endp
 	return !(flags & LEAVING_FLAG) && set_flags(tp, flags | wanted);
 }
 
-static __always_inline void unset_callbacks(struct tcp_sock *tp)
-{
-	bool shared = bpf_sk_storage_get(&shared_listeners, (struct sock *)tp, 0, 0) != 0;
-
-	set_flags(tp, tp->bpf_sock_ops_cb_flags & ~(shared ? CLOSE_FLAG : BUILD_FLAG | CLOSE_FLAG));
-}
-
 static __always_inline enum up_reason let_in(struct up_order *order, struct tcp_sock *tp)
 {
 	struct sock *sk = (struct sock *)tp;
@@ -156,6 +149,7 @@ static __always_inline enum up_reason let_in(struct up_order *order, struct tcp_
 	enum up_reason why;
 	__u64 kept[3], left_at;
 	__u8 leaves, narrow;
+	int wide;
 	__u32 signs;
 	long error;
 
@@ -186,17 +180,19 @@ static __always_inline enum up_reason let_in(struct up_order *order, struct tcp_
 	__builtin_memcpy(kept, &ep->shortcut_bytes, sizeof(kept)); /* what went so far */
 	left_at = ep->left_at;
 	narrow = ep->narrow;
+	wide = ep->wide;
 	leaves = ep->leaves;
 	__builtin_memset(ep, 0, sizeof(*ep));
 	__builtin_memcpy(&ep->shortcut_bytes, kept, sizeof(kept));
 	ep->left_at = left_at;
 	ep->narrow = narrow;
+	ep->wide = wide;
 	ep->leaves = leaves;
 	ep->self.cookie = bpf_get_socket_cookie(tp);
 	ep->numbers = ep->self.numbers = *(const struct numbers *)&order->number;
 	error = bpf_map_update_elem(&sockets, &ep->self, sk, BPF_NOEXIST);
 	if (error) {
-		unset_callbacks(tp);
+		put_back(tp, ep);
 		return ep->reason = why_not_inserted(error);
 	}
 	ep->sock = (__u64)tp;

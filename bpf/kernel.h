@@ -67,7 +67,7 @@ struct cgroup { struct kernfs_node *kn; int level; struct cgroup *ancestors[]; }
 struct sock_cgroup_data { struct cgroup *cgroup; };
 
 struct ns_common { const void *ops; unsigned int inum; };
-struct netns_ipv4 { __u8 sysctl_tcp_orphan_retries, sysctl_tcp_retries2; int sysctl_tcp_rto_max_ms; };
+struct netns_ipv4 { __u8 sysctl_tcp_orphan_retries, sysctl_tcp_retries2; };
 struct net { struct netns_ipv4 ipv4; struct list_head list; struct ns_common ns; struct list_head dev_base_head; __u64 net_cookie; };
 typedef struct { struct net *net; } possible_net_t;
 struct net_device { struct list_head dev_list; struct in_device *ip_ptr; struct inet6_dev *ip6_ptr; };
@@ -115,7 +115,7 @@ struct sock {
 	struct sock_cgroup_data sk_cgrp_data;
 };
 struct inet_sock { struct sock sk; };
-struct inet_connection_sock { struct inet_sock icsk_inet; const void *icsk_ulp_ops; __u32 icsk_user_timeout; };
+struct inet_connection_sock { struct inet_sock icsk_inet; const void *icsk_ulp_ops; __u32 icsk_user_timeout, icsk_rto_max; };
 struct tcp_sock {
 	struct inet_connection_sock inet_conn;
 	__u32 copied_seq, rcv_nxt, rcv_wup, rcv_wnd, write_seq, snd_una;

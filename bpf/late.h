@@ -6,7 +6,8 @@
  * FIONREAD and take 0 for it: stunnel. Native TCP has one queue and counts all of it, so they are right there.
  *
  * So a FIN waits until such a reader has come past the border: its packet is dropped, as a network may, and comes again
- * by the sender's timer, as a rule 0.2 s later.
+ * by the sender's timer, as a rule 0.2 s later. What the reader sends meanwhile waits, too: a sender that reads no more would
+ * answer it with a reset, and take with it what comes with the FIN.
  *
  * The other way round, the ACK of a FIN wakes whoever sleeps on the socket that sent it (tcp_rcv_state_process), and a
  * reader that is woken with nothing there returns EAGAIN (tcp_msg_wait_data). So that ACK waits for as long as one
@@ -22,7 +23,6 @@
 #define HOLD_ACK_NS 5000000000ull
 #define RTO_MIN_NS 200000000ull
 
-#define SEND_SHUTDOWN 2
 #define EPOLLRDHUP 0x2000
 #define EPOLLONESHOT (1u << 30)
 
@@ -74,7 +74,7 @@ static __always_inline __u64 patience_of(const struct tcp_sock *tp, bool closed,
 {
 	const struct net *net = READ(tp, inet_conn.icsk_inet.sk.__sk_common.skc_net.net);
 	__u32 timeout = READ(tp, inet_conn.icsk_user_timeout);
-	__u32 tries = READ(net, ipv4.sysctl_tcp_retries2), orphan;
+	__u32 tries = READ(net, ipv4.sysctl_tcp_retries2), orphan, longest;
 	__u64 least = timeout * 250000ull; /* ms */
 
 	if (timeout && least < most)
@@ -83,9 +83,11 @@ static __always_inline __u64 patience_of(const struct tcp_sock *tp, bool closed,
 		orphan = READ(net, ipv4.sysctl_tcp_orphan_retries) ?: 8;
 		if (orphan < tries)
 			tries = orphan;
-		/* Since 6.15: who is closed gives up as its timer comes to its longest, about twice that after the first try. */
-		if (bpf_core_field_exists(net->ipv4.sysctl_tcp_rto_max_ms)) {
-			least = READ(net, ipv4.sysctl_tcp_rto_max_ms) * 500000ull;
+		/* Since 6.15: who is closed gives up as its timer comes to its longest, about twice that after the first try.
+		 * In jiffies, of 1 ms at least. */
+		if (bpf_core_field_exists(tp->inet_conn.icsk_rto_max)) {
+			longest = READ(tp, inet_conn.icsk_rto_max);
+			least = longest * 500000ull;
 			if (least < most)
 				most = least;
 		}
@@ -204,23 +206,46 @@ static __always_inline bool ends_too_early(struct bpf_sock *sk, const struct seg
 	return held_back(ep);
 }
 
+/* Would these bytes be answered with a reset by one that has sent its end and reads no more (tcp_rcv_state_process), while
+ * that end is kept from who sent them? Natively it is in by then. */
+static __always_inline bool resets_too_early(struct bpf_sock *sk)
+{
+	struct endpoint *ep = bpf_sk_storage_get(&endpoints, sk, 0, 0);
+	const struct tcp_sock *tp, *peer;
+	const struct endpoint *at;
+	__u64 held = 0;
+
+	if (!ep || !ep->role || !ep->sock || !ep->peer_sock || fault(UP_FAULT_EARLY_RESET))
+		return false;
+	tp = (const void *)ep->sock;
+	peer = (const void *)ep->peer_sock;
+	at = (const void *)ep->peer_state;
+	if (!(READ(tp, inet_conn.icsk_inet.sk.sk_shutdown) & RCV_SHUTDOWN))
+		return false;
+	bpf_probe_read_kernel(&held, sizeof(held), &at->fin_at);
+	return held && READ(peer, rcv_nxt) != READ(tp, write_seq) && still_peer(ep);
+}
+
 /* Shall this packet not have come yet? */
 static __always_inline bool too_early(struct __sk_buff *skb)
 {
 	struct bpf_sock *sk = skb->sk;
 	struct segment seg;
-	bool ends, answers;
+	bool ends, answers, brings;
 
 	if (!sk || !segment_of(skb, &seg))
 		return false;
 	ends = (seg.flags & (TCP_FIN | TCP_RST)) == TCP_FIN;
 	answers = seg.flags == TCP_ACK && seg.from == seg.end && sk->state == BPF_TCP_FIN_WAIT1;
-	if (!ends && !answers)
+	brings = !(seg.flags & TCP_RST) && seg.from != seg.end && sk->state == BPF_TCP_FIN_WAIT1;
+	if (!ends && !answers && !brings)
 		return false;
 	sk = bpf_sk_fullsock(sk);
 	if (!sk)
 		return false;
-	return ends ? ends_too_early(sk, &seg) : rouses(sk, &seg);
+	if (brings && resets_too_early(sk))
+		return true;
+	return ends ? ends_too_early(sk, &seg) : answers && rouses(sk, &seg);
 }
 
 #endif

@@ -20,6 +20,9 @@ struct reader {
  * everybody read; if another program sets it for itself, the pair is plain TCP. */
 #define LEAVING_FLAG BPF_SOCK_OPS_RTO_CB_FLAG
 
+#define RCV_SHUTDOWN 1
+#define SEND_SHUTDOWN 2
+
 #define READER_SOCK(tp) (tp)->inet_conn.icsk_inet.sk
 
 /* Reads through a stored address: never faults, may read a socket that took the same memory since.

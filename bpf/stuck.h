@@ -19,7 +19,6 @@
 #define LONG_PATIENCE_NS 2000000000ull
 #define GRACE_NS 3000000ull      /* for those that know that nobody sends to them any more */
 #define FIRST_READ 512           /* a first message up to this is read in one go */
-#define RCV_SHUTDOWN 1
 
 /* Takes the calling socket out of the map, for good. The caller knows that no redirected byte waits
  * for it or is on its way. Setting SO_RCVLOWAT wakes whoever has bytes to read (tcp_set_rcvlowat). */

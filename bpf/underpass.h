@@ -84,6 +84,7 @@ enum up_fault {
 	UP_FAULT_ROUSING = 1 << 21,     /* stuck: wake a sleeping reader for room to write */
 	UP_FAULT_VAIN_PROBE = 1 << 22,  /* stuck: tick while the window holds bytes back */
 	UP_FAULT_EARLY_ACK = 1 << 23,   /* late: wake a sleeping reader as its FIN is acknowledged */
+	UP_FAULT_EARLY_RESET = 1 << 24, /* late: answer bytes with a reset while the end is kept from their sender */
 };
 
 /* What a program was seen to use that the shortcut cannot serve: name, bit, word. */

@@ -120,6 +120,7 @@ class Fault(enum.IntFlag):
     ROUSING = 1 << 21
     VAIN_PROBE = 1 << 22
     EARLY_ACK = 1 << 23
+    EARLY_RESET = 1 << 24
 
 
 class Sign(enum.IntFlag):

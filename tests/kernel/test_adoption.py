@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,14 +20,14 @@ from tests.kernel.adopting import (
 from tests.kernel.bed import SERVER4, SERVER6, UNGUARDED, Bed
 from tests.kernel.commands import Done, command, finish, start
 from tests.kernel.fixtures import MakePlane
-from tests.kernel.remote import _RECVFROM, _SOCKETS, Remote, couple, exchange, listen
+from tests.kernel.remote import _RECVFROM, _SINKS, _SOCKETS, Remote, couple, exchange, listen
 from tests.kernel.traffic import Load
 from tests.kernel.waiting import wait_until
 from underpass import adoption, dataplane
 from underpass.generation import Dataplane
 from underpass.model import Fault, Rule, Settings, Small
 from underpass.torture.patience import patient
-from underpass.torture.plans import KIB
+from underpass.torture.plans import KIB, MIB
 
 _OLD = not adoption.possible()
 
@@ -121,6 +122,35 @@ def test_a_small_stream_that_has_ended_comes_back(bed: Bed, plane: MakePlane) ->
     _leaves_by_streaming(underpass, near, far)
     (found,) = adoption.adopt(bed.pins, first_wait=100)
     assert 390 < float(found.detail.split()[-2]) <= 400
+
+
+def _received(number: int) -> int:
+    return _SINKS[number].offset
+
+
+def _buffer_over_budget(near: Remote, far: Remote) -> int:
+    """The sender's buffer, in bytes, while more waits than the budget allows."""
+    most = near.fill(1, 1, 0) + 64 * MIB
+    for _ in range(20):
+        sent = near.fill(1, 64 * KIB, most, 0.1)
+        far.receive(1, 64 * KIB)  # its packets call us
+    size = near.option(socket.SOL_SOCKET, socket.SO_SNDBUF)
+    far.receive(1, sent - far.worker.call(_received, far.number))
+    return size
+
+
+def test_who_comes_back_is_held_tightly_again(bed: Bed, plane: MakePlane) -> None:
+    """Claim: the size that we gave a send buffer is not taken for the program's own later."""
+    underpass = plane(replace(SMALL, budget_bytes=MIB))
+    near, far = couple(bed.worker("client"), bed.worker("server"), ADDRESS)
+    exchange(near, far, 1)
+    first = _buffer_over_budget(near, far)
+    _leaves_by_streaming(underpass, near, far)
+    wait_until(
+        lambda: reasons(adoption.adopt(bed.pins, first_wait=0)) == ["shortcut"], "it comes back"
+    )
+    exchange(near, far, 1)
+    assert _buffer_over_budget(near, far) == first < MIB
 
 
 def test_busy_connections_come_and_go(bed: Bed, plane: MakePlane) -> None:

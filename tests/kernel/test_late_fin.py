@@ -17,6 +17,7 @@ from tests.kernel.bed import SERVER4, UNGUARDED, Bed
 from tests.kernel.fixtures import MakePlane
 from tests.kernel.remote import _SOCKETS, Remote, couple, exchange
 from tests.kernel.waiting import wait_until
+from underpass import namespaces
 from underpass.generation import Dataplane
 from underpass.model import Fault
 from underpass.torture.patience import patient
@@ -25,6 +26,7 @@ from underpass.torture.plans import KIB
 ADDRESS = (SERVER4, 8080)
 PART = 10 * KIB
 _READ = 64 * KIB
+_TCP_RTO_MAX_MS = 44
 _WATCHERS: list[select.epoll] = []
 _POLLERS: dict[int, select.poll | select.epoll] = {}
 OVERTAKE = Path(__file__).with_name("overtake.c")
@@ -166,6 +168,61 @@ def test_a_sender_that_gives_up_soon_is_not_kept_waiting(bed: Bed, plane: MakePl
     near.worker.call(_send_the_last, near.number, KIB)
     near.close()
     time.sleep(4)  # its timer has ended what was not acknowledged
+    assert far.worker.call(_read_all, far.number) == 2 * PART + KIB
+
+
+def _answer_and_read(number: int) -> tuple[int, bool]:
+    """Write at the first bytes, then read: what was taken, and whether the end of file came."""
+    sock = _SOCKETS[number]
+    sock.settimeout(patient(15))
+    taken = len(sock.recv(KIB))
+    sock.send(bytes(100))
+    time.sleep(0.5)  # the sender has answered
+    try:
+        return taken + _read_all(number), True
+    except ConnectionError:
+        return taken, False
+
+
+def _taken_by_who_answers(bed: Bed, underpass: Dataplane, last: int) -> tuple[int, bool]:
+    near, far = couple(bed.worker("client"), bed.worker("server"), ADDRESS)
+    exchange(near, far, 3)
+    far.worker.call(_asked, far.number, "epoll")
+    near.send(1, PART)
+    underpass.set_paused(True)
+    near.send(1, PART)
+    if last:
+        near.worker.call(_send_the_last, near.number, last)
+    near.close()
+    return far.worker.call(_answer_and_read, far.number)
+
+
+@pytest.mark.parametrize("last", [0, KIB])
+def test_who_answers_before_the_end_loses_nothing(bed: Bed, plane: MakePlane, last: int) -> None:
+    """Claim: what a reader writes while the end waits brings no reset before it, as natively."""
+    taken = _taken_by_who_answers(bed, plane(UNGUARDED), last)
+    assert taken == (2 * PART + last, True)
+
+
+def test_twin_that_resets_at_once(bed: Bed, plane: MakePlane) -> None:
+    """Claim: answered at once, such a writer has a reset for the end; the test above notices."""
+    assert not _taken_by_who_answers(bed, plane(UNGUARDED, Fault.EARLY_RESET), KIB)[1]
+
+
+@pytest.mark.skipif(namespaces.kernel_version() < (6, 15), reason="TCP_RTO_MAX_MS is younger")
+def test_a_timer_that_is_kept_short(bed: Bed, plane: MakePlane) -> None:
+    """Claim: a sender that gives up soon for its own TCP_RTO_MAX_MS is not kept waiting either."""
+    underpass = plane(UNGUARDED)
+    near, far = couple(bed.worker("client"), bed.worker("server"), ADDRESS)
+    exchange(near, far, 3)
+    near.set_option(socket.IPPROTO_TCP, _TCP_RTO_MAX_MS, struct.pack("i", 1000))
+    far.worker.call(_asked, far.number, "poll")
+    near.send(1, PART)
+    underpass.set_paused(True)
+    near.send(1, PART)
+    near.worker.call(_send_the_last, near.number, KIB)
+    near.close()
+    time.sleep(6)  # it has given up
     assert far.worker.call(_read_all, far.number) == 2 * PART + KIB
 
 
