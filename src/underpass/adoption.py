@@ -362,7 +362,9 @@ class _Pass:
             libbpf.delete(fd, cookie)
 
     def _leave(self, couple: Couple, why: _StaysOut) -> None:
-        again = (why.again or FIRST_WAIT) if why.reason is Reason.READER_WAITS else None
+        failed = max(end.leaves for end in couple.ends)  # this time not counted
+        wait = why.again or min(FIRST_WAIT * 2**failed, LONGEST_WAIT)
+        again = wait if why.reason is Reason.READER_WAITS else None
         self.left[couple] = self._outcome(couple, why.reason, why.detail, again)
 
     def _outcome(

@@ -53,6 +53,7 @@ def test_each_road_has_a_bound_for_each_placement() -> None:
 
 def _found(**changes: object) -> Calibration:
     fields = {"measured_at": 1.0, "kernel": os.uname().release, "small": {"virtual": 99}}
+    fields["method"] = calibration.METHOD
     return Calibration(**{**fields, **changes})  # type: ignore[arg-type]
 
 

@@ -404,7 +404,8 @@ class Agent:
         self.tally.adopted += taken
         # what is gone shows as 0, not as a series that ends
         self.tally.staying = dict.fromkeys(self.tally.staying, 0) | dict(stay)
-        self._timetable.hurry(Job.ADOPT, time.monotonic() + adoption.again(outcomes))
+        again = max(adoption.again(outcomes), plan.APART)
+        self._timetable.hurry(Job.ADOPT, time.monotonic() + again)
         if taken:
             self.journal.say("adopted", connections=taken, on_tcp=dict(stay))
 

@@ -17,7 +17,7 @@ from underpass.bench.compare import Mode, Placement
 from underpass.bench.others import Others
 from underpass.bench.processes import Group
 from underpass.bench.way import SERVER_ADDRESS
-from underpass.calibration import Calibration, Point, bound
+from underpass.calibration import METHOD, Calibration, Point, bound
 from underpass.errors import UnderpassError
 from underpass.generation import Dataplane
 from underpass.model import Rule, Small
@@ -96,7 +96,8 @@ def run(
         for placement in placements:
             for road in ROADS:
                 points += _walk_down(_Streams(place, placement, road, effort, others), plane, done)
-    return Calibration(time.time(), os.uname().release, bounds(points)._asdict(), tuple(points))
+    small = bounds(points)._asdict()
+    return Calibration(time.time(), os.uname().release, small, tuple(points), METHOD)
 
 
 @contextlib.contextmanager
