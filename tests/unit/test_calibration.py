@@ -37,17 +37,20 @@ def test_each_road_has_a_bound_for_each_placement() -> None:
     points = [
         Point(road, placement, size, 100, 100 * ratio)
         for road, placement, size, ratio in (
-            ("virtual", "one-core", 16, 0.5 * calibrate.MARGIN),
-            ("virtual", "one-core", 64, 1.5 * calibrate.MARGIN),
+            ("virtual", "one-core", 16, 0.5),
+            ("virtual", "one-core", 64, 1.5),
             ("virtual", "two-cores", 64, 0.5),
             ("virtual", "two-cores", 256, 1.5),
             ("virtual_nodelay", "one-core", 4, 0.5),
             ("virtual_nodelay", "one-core", 16, 1.5),
-            ("loopback", "one-core", 1024, 0.5 * calibrate.MARGIN),
-            ("loopback", "one-core", 4096, calibrate.MARGIN),
+            ("loopback", "one-core", 1024, 0.5),
+            ("loopback", "one-core", 4096, 1.0),
         )
     ]
-    expected = Small()._replace(virtual=38, virtual_beside=153, virtual_nodelay=10, loopback=4096)
+    virtual = 38 * calibrate.MARGIN
+    expected = Small()._replace(
+        virtual=virtual, virtual_beside=153, virtual_nodelay=10, loopback=4096
+    )
     assert calibrate.bounds(points) == expected
 
 
