@@ -47,7 +47,7 @@ def test_each_road_has_a_bound_for_each_placement() -> None:
             ("loopback", "one-core", 4096, 1.0),
         )
     ]
-    virtual = 38 * calibrate.MARGIN
+    virtual = round(38 * calibrate.MARGIN)
     expected = Small()._replace(
         virtual=virtual, virtual_beside=153, virtual_nodelay=10, loopback=4096
     )

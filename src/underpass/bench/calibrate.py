@@ -28,8 +28,8 @@ ROADS = tuple(field for field in Small._fields if not field.endswith(BESIDE))
 #: Message sizes that are tried, the largest first.
 SIZES = (65536, 32768, 16384, 8192, 4096, 2048, 1024, 512, 256, 128, 64, 32, 16, 4, 1)
 #: Between namespaces, on one core and with Nagle's algorithm, TCP has the benefit of the doubt up
-#: to twice the size: some streams are twice as fast as others there (docs/BENCHMARKS.md).
-MARGIN = 2
+#: to so many times the size: some streams are twice as fast as others there (docs/BENCHMARKS.md).
+MARGIN = 2.5
 #: Smaller sizes are not tried once the shortcut has lost this clearly at two in a row.
 _LOST, _IN_A_ROW = 0.8, 2
 _GRACE = 30.0
@@ -132,7 +132,7 @@ def bounds(points: Iterable[Point]) -> Small:
         field = point.road + (BESIDE if point.placement == "two-cores" else "")
         ratios.setdefault(field, {})[point.size] = point.ratio
     found = Small()._replace(**{field: bound(of_road) for field, of_road in ratios.items()})
-    return found._replace(virtual=found.virtual * MARGIN) if "virtual" in ratios else found
+    return found._replace(virtual=round(found.virtual * MARGIN)) if "virtual" in ratios else found
 
 
 def _walk_down(streams: _Streams, plane: Dataplane, done: Callable[[str], None]) -> list[Point]:
