@@ -67,10 +67,10 @@ static __always_inline int inside(const struct sock *sk)
 
 enum recv { IN_NO_RECV, IN_NATIVE_RECV, IN_OUR_RECV, IN_SOME_RECV };
 
-/* On the stack of a thread inside which recv is the wait queue entry at this address? An enum recv. sk_wait_data() keeps it in its frame, right above which
- * stands an address in tcp_recvmsg_locked() to return to; tcp_msg_wait_data() has one in ours there, or is part of it.
- * The first that is found decides: what stands farther up may be left from calls that are over. Global, as all that
- * loops here, so that the verifier looks at it once and not at each of its calls. */
+/* Inside which recv is the thread that has the wait queue entry at this address on its stack? An enum recv. sk_wait_data()
+ * keeps it in its frame, right above which stands an address in tcp_recvmsg_locked() to return to; tcp_msg_wait_data() has
+ * one in ours there, or is part of it. The first that is found decides: what stands farther up may be left from calls that
+ * are over. Global, as all that loops here, so that the verifier looks at it once and not at each of its calls. */
 __noinline int waits_in(__u64 entry)
 {
 	const __u64 *at = (const void *)entry;
