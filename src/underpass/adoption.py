@@ -56,7 +56,8 @@ class Outcome:
         server: its server's end.
         reason: why it stays on TCP for now.
         detail: more about the reason, for people; may be empty.
-        again: seconds after which it is worth another pass, a thread was in the way; else None.
+        again: seconds after which another pass is worth it: a thread, or bytes that nobody had
+            read yet, were in the way. None: it is not.
     """
 
     client: Endpoint
@@ -362,9 +363,12 @@ class _Pass:
             libbpf.delete(fd, cookie)
 
     def _leave(self, couple: Couple, why: _StaysOut) -> None:
-        failed = max(end.leaves for end in couple.ends)  # this time not counted
-        wait = why.again or min(FIRST_WAIT * 2**failed, LONGEST_WAIT)
-        again = wait if why.reason is Reason.READER_WAITS else None
+        again = None
+        if why.reason is Reason.TCP_UNREAD:
+            again = why.again
+        elif why.reason is Reason.READER_WAITS:
+            failed = max(end.leaves for end in couple.ends)  # this time not counted
+            again = why.again or min(FIRST_WAIT * 2**failed, LONGEST_WAIT)
         self.left[couple] = self._outcome(couple, why.reason, why.detail, again)
 
     def _outcome(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import re
 import signal
 import socket
 import subprocess
@@ -277,7 +278,7 @@ def test_it_ends_while_its_work_waits(bed: Bed, agent: StartAgent) -> None:
     near.close()
     far.close()
     with pinning.locked(bed.pins):
-        wait_until(lambda: not _turns(running), "its loop stands")
+        wait_until(lambda: _stands(running), "its loop stands")
         assert running.end() == 0
         assert running.wait("stopped")["late"] is True
         assert not place(bed.pins).exists()
@@ -286,9 +287,10 @@ def test_it_ends_while_its_work_waits(bed: Bed, agent: StartAgent) -> None:
     assert len(dataplane.generations(bed.pins)) == 1
 
 
-def _turns(running: Agent) -> bool:
-    """Whether the agent's loop goes round once in a second."""
-    return "0 s ago" in running.get("/healthz")[1]
+def _stands(running: Agent) -> bool:
+    """Whether the agent's loop has not gone round for longer than a busy machine explains."""
+    told = re.search(r"(\d+) s ago", running.get("/healthz")[1])
+    return told is not None and int(told[1]) >= 5
 
 
 @pytest.fixture

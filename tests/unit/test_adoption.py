@@ -94,7 +94,7 @@ def test_a_pass_is_told_in_one_line() -> None:
 
 
 def test_a_busy_thread_is_worth_another_pass() -> None:
-    """Claim: the soonest of those that threads were in the way of; no other reason hurries."""
+    """Claim: the soonest of those that something passing was in the way of; others do not hurry."""
     at = Endpoint("10.0.0.1", 1, "pod")
     rest = [Outcome(at, at, Reason.GUARDED), Outcome(at, at, Reason.SHORTCUT)]
     assert adoption.again([]) == adoption.again(rest) == math.inf

@@ -138,6 +138,7 @@ class Agent:
         self.subtree = namespaces.check_cgroup(self._cgroup(self.options))
         self._lifted: set[str] = set()
         self._timetable = Timetable(self._every(self.options), time.monotonic())
+        self._vain = 0  # passes of adoption in a row that took nothing in
         self._pending = True  # the configuration has not been brought into force yet
         self._retry_at, self._failures = 0.0, 0
         self._reaching: Child | None = None
@@ -404,7 +405,8 @@ class Agent:
         self.tally.adopted += taken
         # what is gone shows as 0, not as a series that ends
         self.tally.staying = dict.fromkeys(self.tally.staying, 0) | dict(stay)
-        again = max(adoption.again(outcomes), plan.APART)
+        self._vain = 0 if taken else self._vain + 1
+        again = max(adoption.again(outcomes), plan.later(plan.APART, self._vain))
         self._timetable.hurry(Job.ADOPT, time.monotonic() + again)
         if taken:
             self.journal.say("adopted", connections=taken, on_tcp=dict(stay))
