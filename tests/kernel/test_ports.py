@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
 from tests.kernel.bed import CLIENT4, SERVER4, Bed
 from tests.kernel.fixtures import MakePlane
-from tests.kernel.remote import accept_any, connect, couple, exchange, listen
+from tests.kernel.remote import Remote, accept_any, connect, couple, exchange, listen
+from tests.kernel.waiting import wait_until
 from underpass.model import Settings
 from underpass.torture.churn import Churn, churn_connect, churn_serve
 from underpass.torture.patience import patient
+from underpass.torture.worker import Worker
 
 PORT = 8080
 SOURCE = (CLIENT4, 31000)
@@ -27,6 +31,22 @@ def test_one_client_port_to_two_servers(bed: Bed, plane: MakePlane) -> None:
     assert len(underpass.pairs()) == len(ends)
 
 
+def _connect_again(client: Worker) -> Remote:
+    """From the port that was just in use; a busy machine acknowledges its last FIN a moment later."""
+
+    def connected() -> Remote | None:
+        try:
+            return connect(client, (SERVER4, PORT), SOURCE)
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+            return None
+
+    near = wait_until(connected, "the port is free")
+    assert near
+    return near
+
+
 @pytest.mark.parametrize("reset", [True, False], ids=["reset", "closed by the server"])
 def test_one_client_port_again_and_again(bed: Bed, plane: MakePlane, *, reset: bool) -> None:
     """Claim: a connection whose addresses and ports were just in use pairs with its own peer."""
@@ -34,7 +54,7 @@ def test_one_client_port_again_and_again(bed: Bed, plane: MakePlane, *, reset: b
     client = bed.worker("client")
     listener = listen(bed.worker("server"), (SERVER4, PORT))
     for number in range(60):
-        near = connect(client, (SERVER4, PORT), SOURCE)
+        near = _connect_again(client)
         far = listener.accept()
         exchange(near, far, 2 * number + 1, rounds=2)
         far.close(reset=reset)
