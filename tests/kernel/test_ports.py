@@ -32,7 +32,7 @@ def test_one_client_port_to_two_servers(bed: Bed, plane: MakePlane) -> None:
 
 
 def _connect_again(client: Worker) -> Remote:
-    """From the port that was just in use; a busy machine acknowledges its last FIN a moment later."""
+    """From the port that was just in use; a busy machine acknowledges the last FIN late."""
 
     def connected() -> Remote | None:
         try:
