@@ -74,7 +74,7 @@ static __always_inline __u64 patience_of(const struct tcp_sock *tp, bool closed,
 {
 	const struct net *net = READ(tp, inet_conn.icsk_inet.sk.__sk_common.skc_net.net);
 	__u32 timeout = READ(tp, inet_conn.icsk_user_timeout);
-	__u32 tries = READ(net, ipv4.sysctl_tcp_retries2), orphan, longest;
+	__u32 tries = READ(net, ipv4.sysctl_tcp_retries2), orphan;
 	__u64 least = timeout * 250000ull; /* ms */
 
 	if (timeout && least < most)
@@ -86,8 +86,7 @@ static __always_inline __u64 patience_of(const struct tcp_sock *tp, bool closed,
 		/* Since 6.15: who is closed gives up as its timer comes to its longest, about twice that after the first try.
 		 * In jiffies, of 1 ms at least. */
 		if (bpf_core_field_exists(tp->inet_conn.icsk_rto_max)) {
-			longest = READ(tp, inet_conn.icsk_rto_max);
-			least = longest * 500000ull;
+			least = READ(tp, inet_conn.icsk_rto_max) * 500000ull;
 			if (least < most)
 				most = least;
 		}

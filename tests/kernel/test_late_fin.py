@@ -107,6 +107,16 @@ def _cross_the_border(underpass: Dataplane, near: Remote) -> None:
     wait_until(lambda: near.queues()[0] <= 1, "all but the FIN is acknowledged")
 
 
+def _close_at_the_border(underpass: Dataplane, near: Remote, last: int) -> None:
+    """The same, by who is gone then; `last` bytes come with the end."""
+    near.send(1, PART)
+    underpass.set_paused(True)
+    near.send(1, PART)
+    if last:
+        near.worker.call(_send_the_last, near.number, last)
+    near.close()
+
+
 def _taken_at_the_border(bed: Bed, underpass: Dataplane, kind: str) -> int:
     near, far = couple(bed.worker("client"), bed.worker("server"), ADDRESS)
     exchange(near, far, 3)
@@ -162,11 +172,7 @@ def test_a_sender_that_gives_up_soon_is_not_kept_waiting(bed: Bed, plane: MakePl
     exchange(near, far, 3)
     near.set_option(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, struct.pack("i", 2000))
     far.worker.call(_asked, far.number, "poll")
-    near.send(1, PART)
-    underpass.set_paused(True)
-    near.send(1, PART)
-    near.worker.call(_send_the_last, near.number, KIB)
-    near.close()
+    _close_at_the_border(underpass, near, KIB)
     time.sleep(4)  # its timer has ended what was not acknowledged
     assert far.worker.call(_read_all, far.number) == 2 * PART + KIB
 
@@ -188,12 +194,7 @@ def _taken_by_who_answers(bed: Bed, underpass: Dataplane, last: int) -> tuple[in
     near, far = couple(bed.worker("client"), bed.worker("server"), ADDRESS)
     exchange(near, far, 3)
     far.worker.call(_asked, far.number, "epoll")
-    near.send(1, PART)
-    underpass.set_paused(True)
-    near.send(1, PART)
-    if last:
-        near.worker.call(_send_the_last, near.number, last)
-    near.close()
+    _close_at_the_border(underpass, near, last)
     return far.worker.call(_answer_and_read, far.number)
 
 
@@ -217,11 +218,7 @@ def test_a_timer_that_is_kept_short(bed: Bed, plane: MakePlane) -> None:
     exchange(near, far, 3)
     near.set_option(socket.IPPROTO_TCP, _TCP_RTO_MAX_MS, struct.pack("i", 1000))
     far.worker.call(_asked, far.number, "poll")
-    near.send(1, PART)
-    underpass.set_paused(True)
-    near.send(1, PART)
-    near.worker.call(_send_the_last, near.number, KIB)
-    near.close()
+    _close_at_the_border(underpass, near, KIB)
     time.sleep(6)  # it has given up
     assert far.worker.call(_read_all, far.number) == 2 * PART + KIB
 

@@ -153,7 +153,7 @@ def test_pods_come_and_go(node: Node, plane: MakePlane) -> None:
     assert _paths(live) == {("shortcut", "shortcut")}
     adoption.adopt(node.bed.pins, first_wait=0)
     exchange(*early, 1)
-    assert len(live.pairs()) == 2
+    assert len(live.pairs()) == 1 + adoption.possible()  # Linux 6.12
     dataplane.set_groups(node.bed.pins, node.compiled(Policy(), [node.server]).groups)
     exchange(*late, 3)
     assert {d.reason for p in live.pairs() for d in (p.client_to_server,)} >= {"policy"}
