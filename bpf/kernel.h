@@ -28,6 +28,9 @@
 #define ENOMEM 12
 #define E2BIG 7
 
+/* What a message on the shortcut does not meet is laid out aside: it is looked at some million times a second. */
+#define unlikely(x) __builtin_expect(!!(x), 0)
+
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
 
 typedef struct { int counter; } atomic_t;

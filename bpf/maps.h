@@ -52,6 +52,7 @@ struct endpoint {
 	__u64 gone_at;     /* ns: when the peer was first missed, or it was found guarded */
 	__u64 left_at;     /* ns: when it left the map */
 	__u64 proved_at;   /* ns: since when nothing went by TCP; 0 = ask with the next message */
+	__u64 tick;        /* jiffies at the last look at these */
 	__u64 proof_mark;  /* what had been redirected as a proof fell due; 0 = none is */
 	__u64 fin_at;      /* ns: when a FIN came too early, see late.h */
 	__u64 ack_at;      /* ns: when the ACK of our own did */
@@ -81,6 +82,7 @@ struct endpoint {
 	__u8 waits;    /* it looks on while a thread holds its peer: it lets go of its own socket soon */
 	__u8 emptying; /* a small stream that goes by TCP once its reader has taken all that was redirected */
 	__s8 side;     /* runs in a row in which the reader ran on another core; below 0: in which it did not */
+	__u32 tcp_row; /* messages in a row that went by TCP */
 	__u32 small;   /* small messages in a row that a busy reader had not asked for; see small.h */
 	__u32 sent, taken, switches; /* as the run began: bytes sent, taken by the reader; the sender's switches */
 };

@@ -7,7 +7,8 @@
 #include "pair.h"
 
 #define KEEP_MOST 127
-#define NARROW_BUFFER (128 << 10) /* four loopback segments: fewer would wait for delayed ACKs */
+#define NARROW_LEAST (8 << 10)
+#define NARROW_MOST (128 << 10)
 #define WIDE_BUFFER (4 << 20) /* the kernel takes at most net.core.wmem_max */
 #define SOCK_SNDBUF_LOCK 1
 #define SOCK_NOSPACE 2
@@ -64,6 +65,14 @@ static __always_inline bool sndbuf_locked(const struct sock *sk)
 	return BPF_CORE_READ_BITFIELD_PROBED(sk, sk_userlocks) & SOCK_SNDBUF_LOCK;
 }
 
+/* Two segments, and the kernel doubles it: fewer than four would wait for delayed ACKs. */
+static __always_inline int narrow_size(const struct tcp_sock *tp)
+{
+	int size = 2 * tp->advmss;
+
+	return size < NARROW_LEAST ? NARROW_LEAST : size > NARROW_MOST ? NARROW_MOST : size;
+}
+
 /* Over budget, TCP holds the sender - but with megabytes in its send buffer it would fill that again as
  * fast as it drains, and the gate would never see a moment at which all is consumed: on a slow path the
  * stream would stay on TCP for good. With a narrow buffer the sender stops after a message or two, the
@@ -72,13 +81,13 @@ static __noinline void set_buffer(struct bpf_sock_ops *ctx, struct endpoint *ep,
 				       const struct tcp_sock *tp, bool narrow)
 {
 	const struct sock *sk = &tp->inet_conn.icsk_inet.sk;
-	int size = narrow ? NARROW_BUFFER : WIDE_BUFFER;
+	int size = narrow ? narrow_size(tp) : WIDE_BUFFER;
 
 	if (narrow == (ep->narrow == 1))
 		return;
 	if (narrow && sndbuf_locked(sk) && READ(sk, sk_sndbuf) != ep->wide)
 		return;
-	if (!narrow && READ(sk, sk_sndbuf) != 2 * NARROW_BUFFER)
+	if (!narrow && READ(sk, sk_sndbuf) != 2 * narrow_size(tp))
 		return;
 	if (psock_of(sk) && reader_sleeps(ep->sock) && !fault(UP_FAULT_ROUSING)) /* this would wake it: see no_room_left() */
 		return;

@@ -7,11 +7,12 @@
 #include "pair.h"
 #include "small.h"
 
-/* The node's memory is looked at with every message, but with every 16th of small ones that wait; that of the reader's
- * cgroups with every 16th, or every 4th of those that are not small. */
+/* The node's memory is looked at with every 16th message that waits, and whenever a direction has sent another 32 KiB; that
+ * of the reader's cgroups with every 16th and 128 KiB. */
 #define MEMORY_EVERY 16
-#define CGROUP_EVERY 4
-#define MEMORY_ALWAYS 16384
+#define MEMORY_SHIFT 15
+#define CGROUP_SHIFT 17
+#define LATE 4 /* messages in a row by TCP before the reader is waited for, with this and each power of two */
 #define SMALL_PROOF 4096 /* fills no send buffer */
 
 /* Could a reader be inside native tcp_recvmsg, where it never sees a redirected byte (MSG_WAITALL, one
@@ -75,8 +76,8 @@ static __always_inline bool memory_short(const struct tcp_sock *tp)
 static __always_inline enum up_reason over_budget(struct endpoint *ep, const struct tcp_sock *tp,
 						  __u32 unread, __u32 size)
 {
+	__u64 cost, moved = ep->shortcut_bytes ^ (ep->shortcut_bytes + size);
 	__u32 messages;
-	__u64 cost;
 
 	if (!unread) {
 		ep->mark = ep->shortcut_bytes;
@@ -96,13 +97,13 @@ static __always_inline enum up_reason over_budget(struct endpoint *ep, const str
 		return UP_BUDGET_MESSAGES;
 	if ((cost > knobs.shallow_bytes || messages >= knobs.shallow_messages) && !granted(ep))
 		return UP_NODE_BUDGET;
-	if (messages % MEMORY_EVERY && unread + size <= MEMORY_ALWAYS)
+	if (messages % MEMORY_EVERY && !(moved >> MEMORY_SHIFT))
 		return UP_SHORTCUT;
 	if (memory_short(tp))
 		return UP_NODE_MEMORY;
-	return !(messages % CGROUP_EVERY) && !fault(UP_FAULT_NO_CGROUP) && cgroup_short((const struct sock *)ep->peer_sock)
-		       ? UP_CGROUP_MEMORY
-		       : UP_SHORTCUT;
+	if (messages % MEMORY_EVERY && !(moved >> CGROUP_SHIFT))
+		return UP_SHORTCUT;
+	return cgroup_short((const struct sock *)ep->peer_sock) && !fault(UP_FAULT_NO_CGROUP) ? UP_CGROUP_MEMORY : UP_SHORTCUT;
 }
 
 /* May this message turn to TCP though none has to? Not where one would not be told of it: a reader that counts what this
@@ -122,7 +123,7 @@ static __always_inline bool reader_busy(struct endpoint *ep, const struct tcp_so
 {
 	bool held;
 
-	if (fault(UP_FAULT_SLEEPY) || !in_use(ep->peer_sock) || order_at_stake(ep))
+	if (!in_use(ep->peer_sock) || fault(UP_FAULT_SLEEPY) || order_at_stake(ep))
 		return false;
 	*(volatile __u8 *)&ep->waits = 1;
 	held = held_for_long(ep->peer_sock, ep->peer_state, unread);
@@ -134,13 +135,11 @@ static __always_inline bool reader_busy(struct endpoint *ep, const struct tcp_so
 static __always_inline bool all_consumed(const struct endpoint *ep, const struct tcp_sock *tp,
 					 const struct reader *r, __u32 written)
 {
-	if (fault(UP_FAULT_NO_GATE | UP_FAULT_ADDRESS_KEYS))
+	if (r->copied_seq == written || fault(UP_FAULT_NO_GATE | UP_FAULT_ADDRESS_KEYS))
 		return true;
 	if (fault(UP_FAULT_ACKED_GATE))
 		return tp->snd_una == written;
-	if (fault(UP_FAULT_STALE_PEER) && ep->redirect_seq == written)
-		return true; /* it was open, and we have sent nothing by TCP since */
-	return r->copied_seq == written;
+	return fault(UP_FAULT_STALE_PEER) && ep->redirect_seq == written; /* it was open, and we have sent nothing by TCP since */
 }
 
 /* Has the reader received more than we sent? Then NAT rewrites the stream, and the gate would compare in vain. The
@@ -158,8 +157,13 @@ static __always_inline bool rewritten(const struct reader *r, __u32 written)
 static __always_inline bool proof_due(struct endpoint *ep, const struct tcp_sock *tp, __u32 size, __u64 interval,
 				      const struct reader *r)
 {
-	__u64 now = bpf_ktime_get_coarse_ns(), age = now - ep->proved_at;
+	__u64 now, age;
 
+	if (ep->tick == bpf_jiffies64())
+		return false;
+	ep->tick = bpf_jiffies64();
+	now = bpf_ktime_get_coarse_ns();
+	age = now - ep->proved_at;
 	if (!ep->proved_at) {
 		ep->proved_at = now;
 		ep->proof_mark = 0;
@@ -212,47 +216,49 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 	struct reader r = {};
 	__u32 written;
 
-	if (!ctl)
+	if (unlikely(!ctl))
 		return UP_NO_STATE;
-	if (ctl->stop)
+	if (unlikely(ctl->stop))
 		return ctl->stop == UP_PAUSED ? UP_PAUSED : UP_DRAINING;
-	if (!ep->peer.cookie && !meet_server(ep))
+	if (unlikely(!ep->peer.cookie && !meet_server(ep)))
 		return UP_UNPAIRED;
 	reason = turned_away(ep);
-	if (reason)
+	if (unlikely(reason))
 		return reason;
-	if (sk->state != BPF_TCP_ESTABLISHED && sk->state != BPF_TCP_CLOSE_WAIT)
+	if (unlikely(sk->state != BPF_TCP_ESTABLISHED && sk->state != BPF_TCP_CLOSE_WAIT))
 		return UP_CLOSING;
 	tp = own_sock(ep, sk);
-	if (!tp)
+	if (unlikely(!tp))
 		return UP_NO_STATE;
+	if (unlikely(ep->tcp_row >= LATE && !(ep->tcp_row & (ep->tcp_row - 1))))
+		let_catch_up(ep->peer_sock, tp->write_seq);
 	look(ep->peer_sock, &r);
-	if (r.cookie != ep->peer.cookie && !fault(UP_FAULT_STALE_PEER))
+	if (unlikely(r.cookie != ep->peer.cookie && !fault(UP_FAULT_STALE_PEER)))
 		return UP_PEER_GONE;
-	if (r.leaving && !r.unread && !order_at_stake(ep)) /* what waits there is read before it leaves */
+	if (unlikely(r.leaving && !r.unread && !order_at_stake(ep))) /* what waits there is read before it leaves */
 		return UP_PEER_GONE;
-	if (!server_accepted(ep))
+	if (unlikely(!server_accepted(ep)))
 		return UP_UNPAIRED;
-	if (r.shutdown) /* one that has shut down its own side leaves the map: see half_close() */
+	if (unlikely(r.shutdown)) /* one that has shut down its own side leaves the map: see half_close() */
 		return UP_CLOSING;
-	if (r.ulp)
+	if (unlikely(r.ulp))
 		return UP_ULP;
 	barrier(); /* or clang joins the two pointers with |, which the verifier refuses */
-	if (tp->inet_conn.icsk_ulp_ops)
+	if (unlikely(tp->inet_conn.icsk_ulp_ops))
 		return UP_ULP;
-	if (uses_error_queue(tp))
+	if (unlikely(uses_error_queue(tp)))
 		return UP_ZEROCOPY;
-	if (r.lowat > 1)
+	if (unlikely(r.lowat > 1))
 		return UP_RCVLOWAT;
-	if (r.peek_off >= 0)
+	if (unlikely(r.peek_off >= 0))
 		return UP_PEEK_OFF;
 	if (!ep->leave && !ep->emptying && streams_small(ep, ctl, tp, msg->size, &r))
 		ep->emptying = 1;
-	if (ep->emptying && !r.unread && goes_now(ep))
+	if (unlikely(ep->emptying && !r.unread && goes_now(ep)))
 		return UP_LEAVING;
-	if (ctl->reproof_ns && proof_due(ep, tp, msg->size, ctl->reproof_ns, &r) && !order_at_stake(ep))
+	if (unlikely(ctl->reproof_ns && proof_due(ep, tp, msg->size, ctl->reproof_ns, &r) && !order_at_stake(ep)))
 		return UP_REPROOF;
-	if (ctl->forced && (bpf_get_prandom_u32() & 0xffff) < ctl->forced)
+	if (unlikely(ctl->forced && (bpf_get_prandom_u32() & 0xffff) < ctl->forced))
 		return UP_FORCED;
 	written = tp->write_seq;
 	if (rewritten(&r, written)) {
@@ -260,7 +266,7 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 			wants_out(ep, UP_AMBIGUOUS);
 		return UP_TCP_UNREAD;
 	}
-	if (!all_consumed(ep, tp, &r, written))
+	if (unlikely(!all_consumed(ep, tp, &r, written)))
 		return UP_TCP_UNREAD;
 	if (ep->redirect_seq != written)
 		ep->ask = 1;
@@ -270,16 +276,14 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 		if (reader_waits_for_tcp(ep->peer_sock))
 			return UP_READER_WAITS;
 	}
-	if (!fault(UP_FAULT_NO_BUDGET)) {
-		reason = over_budget(ep, tp, r.unread, msg->size);
-		if (reason != UP_SHORTCUT) {
-			ep->held = r.unread >= knobs.shallow_bytes;
-			return reason;
-		}
+	reason = over_budget(ep, tp, r.unread, msg->size);
+	if (unlikely(reason != UP_SHORTCUT) && !fault(UP_FAULT_NO_BUDGET)) {
+		ep->held = r.unread >= knobs.shallow_bytes;
+		return reason;
 	}
-	if (reader_busy(ep, tp, r.unread, msg->size))
+	if (unlikely(reader_busy(ep, tp, r.unread, msg->size)))
 		return UP_READER_BUSY;
-	if (bpf_msg_redirect_hash(msg, &sockets, &ep->peer, BPF_F_INGRESS) != SK_PASS)
+	if (unlikely(bpf_msg_redirect_hash(msg, &sockets, &ep->peer, BPF_F_INGRESS) != SK_PASS))
 		return UP_PEER_GONE;
 	ep->redirect_seq = written;
 	ep->ask = 0;
@@ -311,13 +315,14 @@ static __always_inline int steer(struct sk_msg_md *msg)
 		if (reason == UP_SHORTCUT)
 			c->shortcut_bytes += msg->size;
 	}
-	if (!ep)
+	if (unlikely(!ep))
 		return SK_PASS;
-	if (reason != ep->reason)
+	if (unlikely(reason != ep->reason))
 		learn(ep, sk, reason);
 	ep->reason = reason;
 	if (reason == UP_SHORTCUT) {
 		ep->held = 0;
+		ep->tcp_row = 0;
 		ep->shortcut_bytes += msg->size;
 		ep->shortcut_messages++;
 		ep->newer++;
@@ -325,6 +330,7 @@ static __always_inline int steer(struct sk_msg_md *msg)
 		ep->emptying = 0;
 		ep->proved_at = 0;
 		ep->tcp_messages++;
+		ep->tcp_row++;
 		if (reason == UP_LEAVING)
 			ep->sender = bpf_get_current_task();
 		if (reason == UP_PEER_GONE && !ep->leave)

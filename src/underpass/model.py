@@ -203,7 +203,7 @@ class Settings:
     """
 
     capacity: int = 65536
-    budget_bytes: int = 16 << 20
+    budget_bytes: int = 8 << 20
     budget_messages: int = 8192
     node_budget_bytes: int = 0
     observe_seconds: float = 10.0
