@@ -8,7 +8,6 @@
 
 #define KEEP_MOST 127
 #define NARROW_LEAST (8 << 10)
-#define NARROW_MOST (128 << 10)
 #define WIDE_BUFFER (4 << 20) /* the kernel takes at most net.core.wmem_max */
 #define SOCK_SNDBUF_LOCK 1
 #define SOCK_NOSPACE 2
@@ -70,7 +69,7 @@ static __always_inline int narrow_size(const struct tcp_sock *tp)
 {
 	int size = 2 * tp->advmss;
 
-	return size < NARROW_LEAST ? NARROW_LEAST : size > NARROW_MOST ? NARROW_MOST : size;
+	return size < NARROW_LEAST ? NARROW_LEAST : size;
 }
 
 /* Over budget, TCP holds the sender - but with megabytes in its send buffer it would fill that again as

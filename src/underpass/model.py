@@ -204,7 +204,7 @@ class Settings:
 
     capacity: int = 65536
     budget_bytes: int = 8 << 20
-    budget_messages: int = 8192
+    budget_messages: int = 4096
     node_budget_bytes: int = 0
     observe_seconds: float = 10.0
     admit_unknown: bool = False

@@ -17,7 +17,8 @@ from underpass.model import Fault
 from underpass.torture.patience import patient
 from underpass.torture.plans import MIB
 
-ADDRESS = (SERVER4, 8080)
+PORT = 8080
+LOOPBACK = "127.0.0.1"
 REQUEST = 3_000_000
 SETTINGS = replace(UNGUARDED, budget_bytes=MIB)
 ANSWER = b"a" * 100
@@ -67,17 +68,24 @@ def _rounds_without(near: Remote, far: Remote, rounds: int) -> int:
     return asked
 
 
+def _coupled(bed: Bed, address: str) -> tuple[Remote, Remote]:
+    """A client and a server: in two pods, or both in one."""
+    client = bed.worker("server" if address == LOOPBACK else "client")
+    return couple(client, bed.worker("server"), (address, PORT))
+
+
+@pytest.mark.parametrize("address", [SERVER4, LOOPBACK], ids=["veth", "loopback"])
 @pytest.mark.parametrize("paused", [False, True], ids=["over budget", "paused"])
 @pytest.mark.parametrize("size", [0, 60_000, 200_000])
 def test_a_blocking_client_waits_for_its_answer(
-    bed: Bed, plane: MakePlane, size: int, *, paused: bool
+    bed: Bed, plane: MakePlane, size: int, address: str, *, paused: bool
 ) -> None:
     """Claim: what TCP says of room to write wakes no reader that would take it for a timeout.
 
     Nor where the program has chosen the size of its send buffer itself; that stays what it was.
     """
     underpass = plane(SETTINGS)
-    near, far = couple(bed.worker("client"), bed.worker("server"), ADDRESS)
+    near, far = _coupled(bed, address)
     if size:
         near.set_option(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
     near.send(1, SHORT)
@@ -96,20 +104,28 @@ def _size_while_narrow(near: Remote, far: Remote) -> int:
     return near.option(socket.SOL_SOCKET, socket.SO_SNDBUF)
 
 
-def test_a_size_that_the_program_sets_stays(bed: Bed, plane: MakePlane) -> None:
-    """Claim: also one that it sets while we hold its send buffer narrow."""
+@pytest.mark.parametrize(
+    ("address", "narrow"), [(SERVER4, 16 << 10), (LOOPBACK, 4 * 65483)], ids=["veth", "loopback"]
+)
+def test_a_size_that_the_program_sets_stays(
+    bed: Bed, plane: MakePlane, address: str, narrow: int
+) -> None:
+    """Claim: also one that it sets while we hold its send buffer narrow, by the path's segments."""
     plane(SETTINGS)
-    near, far = couple(bed.worker("client"), bed.worker("server"), ADDRESS)
+    near, far = _coupled(bed, address)
     near.send(1, SHORT)
     far.receive(1, SHORT)
-    assert _size_while_narrow(near, far) == 262144
+    assert _size_while_narrow(near, far) == narrow
     near.set_option(socket.SOL_SOCKET, socket.SO_SNDBUF, 60_000)
     assert _size_while_narrow(near, far) == 120_000
 
 
 def test_twin_that_rouses_readers(bed: Bed, plane: MakePlane) -> None:
-    """Claim: woken for room, such a client's recv says EAGAIN; the test above would notice."""
+    """Claim: woken for room, such a client's recv says EAGAIN; the test above would notice.
+
+    Over veth so little is on its way that hardly any client sleeps before all has arrived.
+    """
     underpass = plane(SETTINGS, Fault.ROUSING)
-    near, far = couple(bed.worker("client"), bed.worker("server"), ADDRESS)
+    near, far = _coupled(bed, LOOPBACK)
     assert _rounds_without(near, far, 3000) < 3000
     assert underpass.counters().tcp_messages_total["budget-bytes"] > 0

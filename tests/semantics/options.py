@@ -100,7 +100,7 @@ def drop(sock: socket.socket) -> None:
 def _user_timeout(stage: Stage) -> str:
     client, _ = stage.pair()
     client.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 500)
-    fill(client, 12 * MIB)
+    fill(client, 6 * MIB)
     stage.polled(client, 0, 2 + stage.patience)
     error = client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     return said(lambda: _none_or(error))

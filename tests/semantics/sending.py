@@ -161,7 +161,7 @@ def _sndtimeo(stage: Stage) -> str:
     "`SO_SNDBUF` and `SO_RCVBUF` of 64 KiB: what fits while nobody reads",
     "less than 1 MiB",
     "more than 1 MiB",
-    "the budget (16 MiB, counted with the queue's own memory) bounds it instead",
+    "the budget (8 MiB, counted with the queue's own memory) bounds it instead",
     carries=MIB,
 )
 def _buffers(stage: Stage) -> str:
@@ -172,15 +172,15 @@ def _buffers(stage: Stage) -> str:
 
 
 @SENDING.accepted(
-    "SIOCOUTQ after 12 MiB, nobody reads",
+    "SIOCOUTQ after 6 MiB, nobody reads",
     "above 0",
     "0",
     "what waits on the shortcut waits in the reader's queue; nothing is unsent",
-    carries=12 * MIB,
+    carries=6 * MIB,
 )
 def _outq(stage: Stage) -> str:
     client, _ = stage.pair()
-    fill(client, 12 * MIB)
+    fill(client, 6 * MIB)
     return "above 0" if libc.asked(client, libc.SIOCOUTQ) else "0"
 
 
