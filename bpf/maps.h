@@ -82,7 +82,7 @@ struct endpoint {
 	__u8 waits;    /* it looks on while a thread holds its peer: it lets go of its own socket soon */
 	__u8 emptying; /* a small stream that goes by TCP once its reader has taken all that was redirected */
 	__s8 side;     /* runs in a row in which the reader ran on another core; below 0: in which it did not */
-	__u32 tcp_row; /* messages in a row that went by TCP */
+	__u32 unread_row; /* messages in a row that went by TCP since earlier ones were unread there */
 	__u32 small;   /* small messages in a row that a busy reader had not asked for; see small.h */
 	__u32 sent, taken, switches; /* as the run began: bytes sent, taken by the reader; the sender's switches */
 };

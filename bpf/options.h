@@ -7,7 +7,7 @@
 #include "pair.h"
 
 #define KEEP_MOST 127
-#define NARROW_LEAST (8 << 10)
+#define NARROW_LEAST 8190 /* no size that a program would ask for */
 #define WIDE_BUFFER (4 << 20) /* the kernel takes at most net.core.wmem_max */
 #define SOCK_SNDBUF_LOCK 1
 #define SOCK_NOSPACE 2

@@ -7,11 +7,13 @@
 #include "pair.h"
 #include "small.h"
 
-/* The node's memory is looked at with every 16th message that waits, and whenever a direction has sent another 32 KiB; that
- * of the reader's cgroups with every 16th and 128 KiB. */
+/* The node's memory is looked at with every message, but with every 16th of small ones; that of the reader's cgroups with
+ * every 16th, of those that are not small with every 4th, and whenever a direction has sent another 128 KiB. */
 #define MEMORY_EVERY 16
-#define MEMORY_SHIFT 15
+#define CGROUP_EVERY 4
 #define CGROUP_SHIFT 17
+#define MEMORY_ALWAYS 16384
+#define CPU_PAGES 256 /* what a CPU may have taken and not told of yet (SK_MEMORY_PCPU_RESERVE) */
 #define LATE 4 /* messages in a row by TCP before the reader is waited for, with this and each power of two */
 #define SMALL_PROOF 4096 /* fills no send buffer */
 
@@ -56,7 +58,7 @@ static __always_inline bool granted(struct endpoint *ep)
 	return false;
 }
 
-static __always_inline bool memory_short(const struct tcp_sock *tp)
+static __always_inline bool memory_short(const struct tcp_sock *tp, __u32 size)
 {
 	__s64 pages = READER_SOCK(tp).__sk_common.skc_prot->memory_allocated->counter;
 	__s64 most = knobs.memory_pages;
@@ -68,7 +70,7 @@ static __always_inline bool memory_short(const struct tcp_sock *tp)
 	/* Pressure lasts from tcp_mem[1] until below tcp_mem[0]. Meanwhile the kernel refuses what a socket is charged beyond
 	 * its share, and a redirect fails with ENOMEM where TCP drops a packet. */
 	bpf_probe_read_kernel(&pressure, sizeof(pressure), READER_SOCK(tp).__sk_common.skc_prot->memory_pressure);
-	return pages > most || pressure;
+	return pages + size / PAGE_BYTES + CPU_PAGES > most || pressure;
 }
 
 /* The unread messages are those sent since the mark before the last: `older` + `newer`. Once the
@@ -82,9 +84,9 @@ static __always_inline enum up_reason over_budget(struct endpoint *ep, const str
 	if (!unread) {
 		ep->mark = ep->shortcut_bytes;
 		ep->older = ep->newer = 0;
-		return UP_SHORTCUT;
-	}
-	if (ep->shortcut_bytes >= ep->mark + unread) {
+		if (size <= MEMORY_ALWAYS)
+			return UP_SHORTCUT;
+	} else if (ep->shortcut_bytes >= ep->mark + unread) {
 		ep->older = ep->newer;
 		ep->newer = 0;
 		ep->mark = ep->shortcut_bytes;
@@ -97,11 +99,11 @@ static __always_inline enum up_reason over_budget(struct endpoint *ep, const str
 		return UP_BUDGET_MESSAGES;
 	if ((cost > knobs.shallow_bytes || messages >= knobs.shallow_messages) && !granted(ep))
 		return UP_NODE_BUDGET;
-	if (messages % MEMORY_EVERY && !(moved >> MEMORY_SHIFT))
+	if (messages % MEMORY_EVERY && unread + size <= MEMORY_ALWAYS)
 		return UP_SHORTCUT;
-	if (memory_short(tp))
+	if (memory_short(tp, size))
 		return UP_NODE_MEMORY;
-	if (messages % MEMORY_EVERY && !(moved >> CGROUP_SHIFT))
+	if (messages % CGROUP_EVERY && !(moved >> CGROUP_SHIFT))
 		return UP_SHORTCUT;
 	return cgroup_short((const struct sock *)ep->peer_sock) && !fault(UP_FAULT_NO_CGROUP) ? UP_CGROUP_MEMORY : UP_SHORTCUT;
 }
@@ -129,6 +131,14 @@ static __always_inline bool reader_busy(struct endpoint *ep, const struct tcp_so
 	held = held_for_long(ep->peer_sock, ep->peer_state, unread);
 	*(volatile __u8 *)&ep->waits = 0;
 	return held && may_turn(ep, tp, unread, size);
+}
+
+/* While the other end can see it. */
+static __always_inline void wait_for_reader(struct endpoint *ep, __u32 written)
+{
+	*(volatile __u8 *)&ep->waits = 1;
+	let_catch_up(ep->peer_sock, written);
+	*(volatile __u8 *)&ep->waits = 0;
 }
 
 /* The gate: has the reader consumed all that ever went by TCP? */
@@ -230,8 +240,8 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 	tp = own_sock(ep, sk);
 	if (unlikely(!tp))
 		return UP_NO_STATE;
-	if (unlikely(ep->tcp_row >= LATE && !(ep->tcp_row & (ep->tcp_row - 1))))
-		let_catch_up(ep->peer_sock, tp->write_seq);
+	if (unlikely(ep->unread_row >= LATE && !(ep->unread_row & (ep->unread_row - 1))))
+		wait_for_reader(ep, tp->write_seq);
 	look(ep->peer_sock, &r);
 	if (unlikely(r.cookie != ep->peer.cookie && !fault(UP_FAULT_STALE_PEER)))
 		return UP_PEER_GONE;
@@ -290,6 +300,12 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 	return UP_SHORTCUT;
 }
 
+/* Reasons that are over when the reader has read. */
+#define SOON_OVER                                                                                  \
+	(1ull << UP_BUDGET_BYTES | 1ull << UP_BUDGET_MESSAGES | 1ull << UP_NODE_BUDGET |           \
+	 1ull << UP_NODE_MEMORY | 1ull << UP_CGROUP_MEMORY | 1ull << UP_TCP_UNREAD |               \
+	 1ull << UP_READER_WAITS | 1ull << UP_READER_BUSY | 1ull << UP_REPROOF)
+
 /* What the state of a socket in the map says of its program: the other connections stay on TCP, too. */
 static __always_inline void learn(const struct endpoint *ep, struct bpf_sock *sk, enum up_reason reason)
 {
@@ -322,7 +338,7 @@ static __always_inline int steer(struct sk_msg_md *msg)
 	ep->reason = reason;
 	if (reason == UP_SHORTCUT) {
 		ep->held = 0;
-		ep->tcp_row = 0;
+		ep->unread_row = 0;
 		ep->shortcut_bytes += msg->size;
 		ep->shortcut_messages++;
 		ep->newer++;
@@ -330,7 +346,9 @@ static __always_inline int steer(struct sk_msg_md *msg)
 		ep->emptying = 0;
 		ep->proved_at = 0;
 		ep->tcp_messages++;
-		ep->tcp_row++;
+		ep->unread_row = reason == UP_TCP_UNREAD ? ep->unread_row + 1 : 0;
+		if (!(SOON_OVER >> reason & 1)) /* TCP for longer: with all the room that there is */
+			ep->held = 0;
 		if (reason == UP_LEAVING)
 			ep->sender = bpf_get_current_task();
 		if (reason == UP_PEER_GONE && !ep->leave)

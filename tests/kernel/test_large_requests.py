@@ -105,7 +105,7 @@ def _size_while_narrow(near: Remote, far: Remote) -> int:
 
 
 @pytest.mark.parametrize(
-    ("address", "narrow"), [(SERVER4, 16 << 10), (LOOPBACK, 4 * 65483)], ids=["veth", "loopback"]
+    ("address", "narrow"), [(SERVER4, 2 * 8190), (LOOPBACK, 4 * 65483)], ids=["veth", "loopback"]
 )
 def test_a_size_that_the_program_sets_stays(
     bed: Bed, plane: MakePlane, address: str, narrow: int
