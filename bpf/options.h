@@ -8,7 +8,7 @@
 
 #define KEEP_MOST 127
 #define NARROW_LEAST 8190 /* no size that a program would ask for */
-#define WIDE_BUFFER (4 << 20) /* the kernel takes at most net.core.wmem_max */
+#define MOST_BUFFER (4 << 20)
 #define SOCK_SNDBUF_LOCK 1
 #define SOCK_NOSPACE 2
 #define TCP_NOTSENT_LOWAT 25
@@ -72,6 +72,14 @@ static __always_inline int narrow_size(const struct tcp_sock *tp)
 	return size < NARROW_LEAST ? NARROW_LEAST : size;
 }
 
+/* As far as TCP would widen it by itself; the kernel doubles it, and takes at most net.core.wmem_max. */
+static __always_inline int wide_size(const struct sock *sk)
+{
+	const struct net *net = READ(sk, __sk_common.skc_net.net);
+
+	return READ(net, ipv4.sysctl_tcp_wmem[2]) >> 1;
+}
+
 /* Over budget, TCP holds the sender - but with megabytes in its send buffer it would fill that again as
  * fast as it drains, and the gate would never see a moment at which all is consumed: on a slow path the
  * stream would stay on TCP for good. With a narrow buffer the sender stops after a message or two, the
@@ -80,7 +88,7 @@ static __noinline void set_buffer(struct bpf_sock_ops *ctx, struct endpoint *ep,
 				       const struct tcp_sock *tp, bool narrow)
 {
 	const struct sock *sk = &tp->inet_conn.icsk_inet.sk;
-	int size = narrow ? narrow_size(tp) : WIDE_BUFFER;
+	int size = narrow ? narrow_size(tp) : wide_size(sk);
 
 	if (narrow == (ep->narrow == 1))
 		return;
@@ -104,12 +112,12 @@ static __noinline void no_room_left(struct bpf_sock_ops *ctx, const struct endpo
 {
 	const struct sock *sk = &tp->inet_conn.icsk_inet.sk;
 	const struct socket *socket = READ(sk, sk_socket);
-	int size = (__u32)READ(sk, sk_sndbuf) >> 1, wide = WIDE_BUFFER, lowat = 0;
+	int size = (__u32)READ(sk, sk_sndbuf) >> 1, wide = MOST_BUFFER, lowat = 0;
 
 	if (!(READ(socket, flags) >> SOCK_NOSPACE & 1) || waiters(ep->sock, 0, 0) || fault(UP_FAULT_ROUSING))
 		return;
 	/* A size that somebody set, we or the program, is put back as it was; above that it could not be. */
-	if (sndbuf_locked(sk) && size <= WIDE_BUFFER) {
+	if (sndbuf_locked(sk) && size <= MOST_BUFFER) {
 		bpf_setsockopt(ctx, SOL_SOCKET, SO_SNDBUF, &wide, sizeof(wide));
 		bpf_setsockopt(ctx, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size));
 	} else if (!bpf_getsockopt(ctx, SOL_TCP, TCP_NOTSENT_LOWAT, &lowat, sizeof(lowat))) {

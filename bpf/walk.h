@@ -95,7 +95,7 @@ static __always_inline void arm(struct bpf_iter__tcp *ctx, bool on)
  * missed (stuck.h). */
 static __always_inline void put_back(struct tcp_sock *tp, struct endpoint *ep)
 {
-	int wide = WIDE_BUFFER, lowat, flags;
+	int wide = wide_size(&tp->inet_conn.icsk_inet.sk), lowat, flags;
 
 	ep->observed = 0;
 	flags = tp->bpf_sock_ops_cb_flags & ~CLOSE_FLAG;

@@ -7,6 +7,7 @@ import random
 import socket
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -118,6 +119,25 @@ def test_a_size_that_the_program_sets_stays(
     assert _size_while_narrow(near, far) == narrow
     near.set_option(socket.SOL_SOCKET, socket.SO_SNDBUF, 60_000)
     assert _size_while_narrow(near, far) == 120_000
+
+
+def test_a_buffer_is_no_wider_than_tcp_would_make_it(bed: Bed, plane: MakePlane) -> None:
+    """Claim: one that was narrow is widened as far as TCP goes by itself."""
+    underpass = plane(SETTINGS)
+    near, far = _coupled(bed, SERVER4)
+    near.send(1, SHORT)
+    far.receive(1, SHORT)
+    narrow = _size_while_narrow(near, far)
+    underpass.set_paused(True)
+    for _ in range(20):
+        near.send(3, SHORT)
+        far.receive(3, SHORT)
+    most = int(near.worker.call(_most_buffer))
+    assert narrow < near.option(socket.SOL_SOCKET, socket.SO_SNDBUF) <= most
+
+
+def _most_buffer() -> str:
+    return Path("/proc/sys/net/ipv4/tcp_wmem").read_text().split()[2]
 
 
 def test_twin_that_rouses_readers(bed: Bed, plane: MakePlane) -> None:

@@ -13,6 +13,7 @@ from tests.kernel.fixtures import MakePlane
 from tests.kernel.remote import Remote, couple, exchange
 from underpass.model import Fault
 from underpass.torture.patience import SLOW
+from underpass.torture.worker import CALL_DEADLINE
 
 LIMITS = Path("/proc/sys/net/ipv4/tcp_mem")
 FEW = "1200 1600 2400"  # pages
@@ -58,8 +59,10 @@ def test_no_send_fails_where_memory_is_short(bed: Bed, plane: MakePlane) -> None
     ends = _coupled(bed)
     sizes = _fill(ends)
     assert underpass.counters().tcp_messages_total["node-memory"] > 0
-    for (near, far), size in zip(ends, sizes, strict=True):
-        far.receive(1, size)
+    reading = [far.submit_receive(1, size) for (_, far), size in zip(ends, sizes, strict=True)]
+    for done in reading:  # all at once: what one reader takes makes room for the others
+        done.result(CALL_DEADLINE)
+    for near, far in ends:
         exchange(near, far, 1)
 
 
