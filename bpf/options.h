@@ -72,6 +72,15 @@ static __always_inline int narrow_size(const struct tcp_sock *tp)
 	return size < NARROW_LEAST ? NARROW_LEAST : size;
 }
 
+/* A sender that runs beside its reader, or waits in poll, may never find all consumed: then it has the narrow buffer for a
+ * spell only, and again from time to time, and else the speed of TCP. */
+#define SPELL 64 /* messages */
+#define SPELLS 1024
+static __always_inline bool in_spell(const struct endpoint *ep)
+{
+	return ep->unread_row % SPELLS < SPELL;
+}
+
 /* As far as TCP would widen it by itself; the kernel doubles it, and takes at most net.core.wmem_max. */
 static __always_inline int wide_size(const struct sock *sk)
 {

@@ -5,9 +5,10 @@
 #define UNDERPASS_STEER_H
 
 #include "budget.h"
+#include "options.h"
 #include "small.h"
 
-#define LATE 4 /* messages in a row by TCP before the reader is waited for, with this and each power of two */
+#define LATE 4 /* messages in a row by TCP before the reader is waited for, with this and each power of two, and in each spell */
 #define SMALL_PROOF 4096 /* fills no send buffer */
 
 /* Could a reader be inside native tcp_recvmsg, where it never sees a redirected byte (MSG_WAITALL, one
@@ -151,7 +152,8 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 	tp = own_sock(ep, sk);
 	if (unlikely(!tp))
 		return UP_NO_STATE;
-	if (unlikely(ep->unread_row >= LATE && !(ep->unread_row & (ep->unread_row - 1))))
+	if (unlikely(ep->unread_row >= LATE &&
+		     (!(ep->unread_row & (ep->unread_row - 1)) || ep->unread_row % SPELLS == SPELL / 2)))
 		wait_for_reader(ep, tp->write_seq);
 	look(ep->peer_sock, &r);
 	if (unlikely(r.cookie != ep->peer.cookie && !fault(UP_FAULT_STALE_PEER)))

@@ -237,7 +237,7 @@ static __noinline void on_packet(struct bpf_sock_ops *ctx)
 	why = ep->leave ? 0 : peer_leaves(ep);
 	if (why)
 		follow(ep, why);
-	set_buffer(ctx, ep, tp, ep->held);
+	set_buffer(ctx, ep, tp, ep->held && in_spell(ep));
 	no_room_left(ctx, ep, tp);
 	if (CTX(state) == BPF_TCP_FIN_WAIT1) /* its FIN: a moment later, perhaps a better one */
 		return half_close(ctx, ep);

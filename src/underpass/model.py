@@ -203,8 +203,8 @@ class Settings:
     """
 
     capacity: int = 65536
-    budget_bytes: int = 8 << 20
-    budget_messages: int = 4096
+    budget_bytes: int = 16 << 20
+    budget_messages: int = 8192
     node_budget_bytes: int = 0
     observe_seconds: float = 10.0
     admit_unknown: bool = False

@@ -36,7 +36,7 @@ For somebody in a hurry:
 - One thread that shuts a socket down in the very moment in which another's `send` on it is under
   way may cut off that message, though `send` tells its size.
 - A peer that closes with bytes unread is seen as end of file, not as ECONNRESET.
-- A sender may run ahead of its reader by 8 MiB, whatever the buffer sizes.
+- A sender may run ahead of its reader by 16 MiB, whatever the buffer sizes.
 - What looks at packets or at TCP's own queues (tcpdump, a firewall rule that comes later, `ss`,
   TCP_INFO) does not see the shortcut's bytes.
 

@@ -161,7 +161,7 @@ def _sndtimeo(stage: Stage) -> str:
     "`SO_SNDBUF` and `SO_RCVBUF` of 64 KiB: what fits while nobody reads",
     "less than 1 MiB",
     "more than 1 MiB",
-    "the budget (8 MiB, counted with the queue's own memory) bounds it instead",
+    "the budget (16 MiB, counted with the queue's own memory) bounds it instead",
     carries=MIB,
 )
 def _buffers(stage: Stage) -> str:
