@@ -149,7 +149,7 @@ static __always_inline enum up_reason let_in(struct up_order *order, struct tcp_
 	enum up_reason why;
 	__u64 kept[3], left_at;
 	__u8 leaves, narrow;
-	int wide;
+	int buffer;
 	__u32 signs;
 	long error;
 
@@ -180,13 +180,13 @@ static __always_inline enum up_reason let_in(struct up_order *order, struct tcp_
 	__builtin_memcpy(kept, &ep->shortcut_bytes, sizeof(kept)); /* what went so far */
 	left_at = ep->left_at;
 	narrow = ep->narrow;
-	wide = ep->wide;
+	buffer = ep->buffer;
 	leaves = ep->leaves;
 	__builtin_memset(ep, 0, sizeof(*ep));
 	__builtin_memcpy(&ep->shortcut_bytes, kept, sizeof(kept));
 	ep->left_at = left_at;
 	ep->narrow = narrow;
-	ep->wide = wide;
+	ep->buffer = buffer;
 	ep->leaves = leaves;
 	ep->self.cookie = bpf_get_socket_cookie(tp);
 	ep->numbers = ep->self.numbers = *(const struct numbers *)&order->number;

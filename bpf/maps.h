@@ -58,10 +58,11 @@ struct endpoint {
 	__u64 ack_at;      /* ns: when the ACK of our own did */
 	__u64 seen_at;     /* ns: since when the TCP bytes before `seen_end` wait, none redirected ahead */
 	__u32 seen_end;
-	int wide;          /* what widening its send buffer came to */
+	int buffer;        /* the size of its send buffer, as we set it last */
 	int keep_idle, keep_interval, keep_count, user_timeout; /* what TCP_KEEPIDLE and so on were before we ticked */
 	__u32 redirect_seq; /* write_seq at the last redirect: TCP bytes since then show as a difference */
 	__u32 grant; /* slot that this direction last held */
+	__u32 held;  /* over budget with many bytes unread: TCP shall hold the sender tightly, by messages of this size; 0 = not */
 	__u8 role;
 	__u8 reason;  /* of the last message, or of the refusal */
 	__u8 ask;     /* the reader may have gone to sleep before it entered the map */
@@ -70,7 +71,6 @@ struct endpoint {
 	__u8 ticking; /* the keepalive timer runs for us; 2 = the program had it on itself */
 	__u8 left;    /* it was in the map and is not any more */
 	__u8 leaves;  /* how often that was so */
-	__u8 held;    /* over budget with many bytes unread: TCP shall hold the sender tightly */
 	__u8 narrow;  /* its send buffer is: 1 = narrow, 2 = wide again, by us; 0 = untouched */
 	__u8 observed; /* not in the map: its packets show that its program runs */
 	__u8 barred;  /* the policy keeps one of the ends on TCP */

@@ -65,10 +65,12 @@ static __always_inline bool sndbuf_locked(const struct sock *sk)
 }
 
 /* Two segments, and the kernel doubles it: fewer than four would wait for delayed ACKs. */
-static __always_inline int narrow_size(const struct tcp_sock *tp)
+static __always_inline int narrow_size(const struct tcp_sock *tp, __u32 message)
 {
-	int size = 2 * tp->advmss;
+	__u32 size = 2 * tp->advmss;
 
+	if (size < message >> 1)
+		size = message >> 1;
 	return size < NARROW_LEAST ? NARROW_LEAST : size;
 }
 
@@ -97,21 +99,18 @@ static __noinline void set_buffer(struct bpf_sock_ops *ctx, struct endpoint *ep,
 				       const struct tcp_sock *tp, bool narrow)
 {
 	const struct sock *sk = &tp->inet_conn.icsk_inet.sk;
-	int size = narrow ? narrow_size(tp) : wide_size(sk);
+	int size = narrow ? narrow_size(tp, ep->held) : wide_size(sk);
 
 	if (narrow == (ep->narrow == 1))
 		return;
-	if (narrow && sndbuf_locked(sk) && READ(sk, sk_sndbuf) != ep->wide)
-		return;
-	if (!narrow && READ(sk, sk_sndbuf) != 2 * narrow_size(tp))
+	if ((!narrow || sndbuf_locked(sk)) && READ(sk, sk_sndbuf) != ep->buffer)
 		return;
 	if (psock_of(sk) && reader_sleeps(ep->sock) && !fault(UP_FAULT_ROUSING)) /* this would wake it: see no_room_left() */
 		return;
 	if (bpf_setsockopt(ctx, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size)))
 		return;
 	ep->narrow = narrow ? 1 : 2;
-	if (!narrow)
-		ep->wide = READ(sk, sk_sndbuf);
+	ep->buffer = READ(sk, sk_sndbuf);
 }
 
 /* A send has left the mark that it waits for room, though it found some (sk_stream_wait_memory). An ACK then wakes whoever

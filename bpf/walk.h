@@ -106,7 +106,7 @@ static __always_inline void put_back(struct tcp_sock *tp, struct endpoint *ep)
 	set_flags(tp, flags);
 	if (ep->ticking)
 		STOP_TICKING(tp, ep);
-	if (ep->narrow == 1 && tp->inet_conn.icsk_inet.sk.sk_sndbuf == 2 * narrow_size(tp))
+	if (ep->narrow == 1 && tp->inet_conn.icsk_inet.sk.sk_sndbuf == ep->buffer)
 		bpf_setsockopt(tp, SOL_SOCKET, SO_SNDBUF, &wide, sizeof(wide));
 	lowat = tp->inet_conn.icsk_inet.sk.sk_rcvlowat;
 	if (tp->rcv_nxt != tp->copied_seq)
