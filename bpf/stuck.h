@@ -194,6 +194,15 @@ static __always_inline bool window_shut(const struct endpoint *ep, const struct 
 	return READ(peer, write_seq) != tp->rcv_nxt && still_peer(ep);
 }
 
+/* How long TCP bytes may wait, with nothing redirected ahead, before their reader counts as stuck. One that asks FIONREAD,
+ * and is told of none, reads once with every event, and no more when no bytes come. */
+static __always_inline __u64 patience(const struct endpoint *ep)
+{
+	if (entering(ep))
+		return LONG_PATIENCE_NS;
+	return knobs.fionread_broken && looks_at(ep->program, ep->self.cookie) & UP_COUNTS ? GRACE_NS : PATIENCE_NS;
+}
+
 static __noinline void on_packet(struct bpf_sock_ops *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
@@ -271,7 +280,7 @@ static __noinline void on_packet(struct bpf_sock_ops *ctx)
 		ep->seen_at = now;
 		return;
 	}
-	if (now - ep->seen_at >= (entering(ep) ? LONG_PATIENCE_NS : PATIENCE_NS) && settled_here(ep, tp))
+	if (now - ep->seen_at >= patience(ep) && settled_here(ep, tp))
 		leave(ctx, ep, tp, UP_READER_STUCK);
 }
 
