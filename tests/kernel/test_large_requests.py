@@ -97,28 +97,30 @@ def test_a_blocking_client_waits_for_its_answer(
     assert underpass.counters().tcp_messages_total[reason] > 20
 
 
-def _size_while_narrow(near: Remote, far: Remote) -> int:
+def _size_while_narrow(near: Remote, far: Remote, message: int = 65536) -> int:
     """Fill what may wait and more, so that TCP holds the sender; the size of its send buffer."""
     for _ in range(20):
-        near.fill(1, 65536, 64 * MIB, 0.1)
-        far.receive(1, 65536)
+        near.fill(1, message, 64 * MIB, 0.1)
+        far.receive(1, message)
     return near.option(socket.SOL_SOCKET, socket.SO_SNDBUF)
 
 
 @pytest.mark.parametrize(
-    ("address", "narrow"), [(SERVER4, 2 * 8190), (LOOPBACK, 4 * 65483)], ids=["veth", "loopback"]
+    ("address", "message", "narrow"),
+    [(SERVER4, 4096, 2 * 8190), (SERVER4, 65536, 65536), (LOOPBACK, 65536, 4 * 65483)],
+    ids=["four segments", "a message", "four segments of loopback"],
 )
 def test_a_size_that_the_program_sets_stays(
-    bed: Bed, plane: MakePlane, address: str, narrow: int
+    bed: Bed, plane: MakePlane, address: str, message: int, narrow: int
 ) -> None:
-    """Claim: also one that it sets while we hold its send buffer narrow, by the path's segments."""
+    """Claim: also one that it sets while we hold its send buffer narrow, but a whole message."""
     plane(SETTINGS)
     near, far = _coupled(bed, address)
     near.send(1, SHORT)
     far.receive(1, SHORT)
-    assert _size_while_narrow(near, far) == narrow
+    assert _size_while_narrow(near, far, message) == narrow
     near.set_option(socket.SOL_SOCKET, socket.SO_SNDBUF, 60_000)
-    assert _size_while_narrow(near, far) == 120_000
+    assert _size_while_narrow(near, far, message) == 120_000
 
 
 def test_a_buffer_is_no_wider_than_tcp_would_make_it(bed: Bed, plane: MakePlane) -> None:
