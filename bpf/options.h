@@ -70,7 +70,7 @@ static __always_inline int narrow_size(const struct tcp_sock *tp, __u32 message)
 	__u32 size = 2 * tp->advmss;
 
 	if (size < message >> 1)
-		size = message >> 1;
+		size = message >> 1 | 1;
 	return size < NARROW_LEAST ? NARROW_LEAST : size;
 }
 

@@ -200,7 +200,9 @@ static __always_inline __u64 patience(const struct endpoint *ep)
 {
 	if (entering(ep))
 		return LONG_PATIENCE_NS;
-	return knobs.fionread_broken && looks_at(ep->program, ep->self.cookie) & UP_COUNTS ? GRACE_NS : PATIENCE_NS;
+	if (!knobs.fionread_broken || fault(UP_FAULT_EARLY_FIN))
+		return PATIENCE_NS;
+	return looks_at(ep->program, ep->self.cookie) & UP_COUNTS ? GRACE_NS : PATIENCE_NS;
 }
 
 static __noinline void on_packet(struct bpf_sock_ops *ctx)

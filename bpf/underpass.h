@@ -85,6 +85,7 @@ enum up_fault {
 	UP_FAULT_VAIN_PROBE = 1 << 22,  /* stuck: tick while the window holds bytes back */
 	UP_FAULT_EARLY_ACK = 1 << 23,   /* late: wake a sleeping reader as its FIN is acknowledged */
 	UP_FAULT_EARLY_RESET = 1 << 24, /* late: answer bytes with a reset while the end is kept from their sender */
+	UP_FAULT_MISCOUNTED = 1 << 25,  /* guard: let programs in that ask FIONREAD, where it does not count */
 };
 
 /* What a program was seen to use that the shortcut cannot serve: name, bit, word. */
@@ -96,7 +97,8 @@ enum up_fault {
 	X(ZEROCOPY, 4, "msg-zerocopy")    /* or SO_ZEROCOPY */                                            \
 	X(RCVLOWAT, 5, "so-rcvlowat")     /* above 1 */                                                   \
 	X(ULP, 6, "tcp-ulp")              /* kTLS and other upper layer protocols */                      \
-	X(MPTCP, 7, "mptcp")
+	X(MPTCP, 7, "mptcp")                                                                               \
+	X(FIONREAD, 8, "fionread")        /* where it does not count what is redirected */
 
 enum up_sign {
 #define X(name, bit, word) UP_SIGN_##name = 1 << (bit),

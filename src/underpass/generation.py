@@ -448,7 +448,7 @@ class Dataplane:
         """Every program that the guard knows, the latest first."""
         found = libbpf.items(self.fd("programs"), abi.u64, abi.Program)
         ordered = sorted(found, key=lambda item: -item[1].first_seen)
-        return [programs.describe(k.value, p, self.about.knobs.observe_ns) for k, p in ordered]
+        return [programs.describe(k.value, p, self.about.knobs) for k, p in ordered]
 
     def rules(self) -> dict[tuple[int, bytes], int]:
         """(key, name) -> rule; either the key is 0 or the name empty."""

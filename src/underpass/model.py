@@ -121,6 +121,7 @@ class Fault(enum.IntFlag):
     VAIN_PROBE = 1 << 22
     EARLY_ACK = 1 << 23
     EARLY_RESET = 1 << 24
+    MISCOUNTED = 1 << 25
 
 
 class Sign(enum.IntFlag):
@@ -134,6 +135,7 @@ class Sign(enum.IntFlag):
     RCVLOWAT = 1 << 5
     ULP = 1 << 6
     MPTCP = 1 << 7
+    FIONREAD = 1 << 8
 
     @property
     def words(self) -> list[str]:
@@ -150,6 +152,7 @@ _SIGN_WORDS = {
     Sign.RCVLOWAT: "so-rcvlowat",
     Sign.ULP: "tcp-ulp",
     Sign.MPTCP: "mptcp",
+    Sign.FIONREAD: "fionread",
 }
 
 

@@ -94,16 +94,23 @@ def id_of(key: int) -> str:
     return f"{key:016x}"
 
 
+def asks_late(name: bytes) -> bool:
+    """Known to ask FIONREAD, and when it is too late; mirrors ``asks_late()`` of ``guard.h``."""
+    return name in (b"nginx", b"angie") or name.startswith((b"openrest", b"stunnel"))
+
+
 def name_of(program: abi.Program) -> str:
     """The name of its executable."""
     return str(program.name.decode(errors="replace"))
 
 
-def describe(key: int, found: abi.Program, observe_ns: int) -> Program:
+def describe(key: int, found: abi.Program, knobs: abi.Knobs) -> Program:
     """What `guard list` shows of an element of the map `programs`; mirrors ``admitted()``."""
     signs = Sign(found.signs & sum(Sign))
+    if not knobs.counts_redirected and asks_late(found.name):
+        signs |= Sign.FIONREAD
     ruled = _RULED.get(Rule(found.rule & 3))
-    admitted = "admitted" if found.active_ns >= observe_ns else "watched"
+    admitted = "admitted" if found.active_ns >= knobs.observe_ns else "watched"
     return Program(
         id=id_of(key),
         name=name_of(found),

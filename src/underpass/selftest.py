@@ -296,7 +296,8 @@ _CONSEQUENCES: dict[_Test, str] = {
     _fionread_tcp: "pairs that begin with a large message by TCP leave the map; a reader that "
     "trusts FIONREAD may pause 1 to 2 s when its sender falls back to TCP; programs that ask it "
     "are spared re-proof, so `underpass pause` and `resume` after a change of network rules",
-    _fionread_shortcut: "programs that ask FIONREAD see 0 while shortcut bytes wait",
+    _fionread_shortcut: "programs that ask FIONREAD stay on TCP (sign fionread), nginx among "
+    "them; one that asks for the first time once it is admitted can miss bytes that wait",
     _pairs_ipv6: "IPv6 connections stay on TCP",
 }
 #: What `up` tries before it goes live: quick, and leaves no endpoint behind.

@@ -29,6 +29,14 @@ http {{
 }}
 """
 
+DAV = """
+server {
+  listen 8080;
+  location / { root files; dav_methods PUT; create_full_put_path on; }
+}
+"""
+"""A server on port 8080 that takes uploads."""
+
 
 def start(
     bed: Bed,

@@ -19,13 +19,6 @@ _SMALL = 3000
 _MANY = 100
 _NAMES = [f"small-{number}" for number in range(_MANY)]
 
-DAV = f"""
-server {{
-  listen {PORT};
-  location / {{ root files; dav_methods PUT; create_full_put_path on; }}
-}}
-"""
-
 
 @pytest.mark.parametrize("keepalive", [True, False], ids=["keepalive", "a connection each"])
 def test_curl_uploads_and_downloads_are_right(
@@ -38,7 +31,7 @@ def test_curl_uploads_and_downloads_are_right(
     for name, stream, size in (("large", 1, SIZE), ("small", 2, _SMALL)):
         with (tmp_path / name).open("wb") as file:
             file.writelines(parts(stream, size))
-    nginx.start(bed, "server", tmp_path, DAV, PORT)
+    nginx.start(bed, "server", tmp_path, nginx.DAV, PORT)
     words = [curl, "--no-progress-meter", "--fail", "--max-time", "40", "--noproxy", "*"]
     if not keepalive:
         words += ["--header", "Connection: close"]

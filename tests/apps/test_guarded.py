@@ -7,14 +7,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from tests.apps import nginx
 from tests.apps.haproxy import SPLICE, spliced, start
 from tests.apps.hasher import exchange, serve_hashes, sha256
-from tests.apps.programs import ask
-from tests.kernel.bed import CLIENT4, SERVER4, Bed
+from tests.apps.programs import ask, find
+from tests.kernel.bed import CLIENT4, SERVER4, UNGUARDED, Bed
 from tests.kernel.commands import underpass
-from tests.kernel.waiting import holds_for
+from tests.kernel.fixtures import MakePlane
+from tests.kernel.waiting import holds_for, wait_until
+from underpass import knobs
+from underpass.model import Fault
+from underpass.torture.content import content
+from underpass.torture.patience import patient
 
 HTTP_PORT, TCP_PORT, HASHER_PORT = 8080, 8081, 8082
+COUNTS = "tcp_bpf_ioctl" in knobs._symbols()
+"""This kernel's FIONREAD counts what is redirected."""
 OBSERVED = 12.5
 """Seconds of traffic: longer than a program is watched before it may take the shortcut."""
 _SIZES = (1, 700, 300_000, 2_000_000)
@@ -54,6 +64,58 @@ def test_a_program_that_waits_for_all_works(bed: Bed) -> None:
         stream, size, hashed = line.split()
         assert hashed == sha256(int(stream), int(size)), f"{size} bytes of stream {stream}"
     assert "waitall" in _reason(bed, reader.name)
+
+
+def test_an_nginx_that_asks_how_much_waits_works(bed: Bed, tmp_path: Path) -> None:
+    """Claim: its first large uploads are whole and answered, after only small requests before.
+
+    It asks FIONREAD once a read has filled its buffer, which on many kernels does not count what
+    was redirected: told of nothing, it would wait until the client gives up.
+    """
+    underpass(bed.pins, "up", "--cgroup", bed.cgroup).ok()
+    (tmp_path / "files").mkdir()
+    (tmp_path / "small").write_bytes(b"x" * 300)
+    large = bytes(content(1, 0, 300_000))
+    (tmp_path / "large").write_bytes(large)
+    nginx.start(bed, "server", tmp_path, nginx.DAV, HTTP_PORT)
+    client, site = bed.worker("client"), f"http://{SERVER4}:{HTTP_PORT}"
+    curl = [find("curl", "curl"), "--no-progress-meter", "--fail", "--max-time", "15"]
+    curl += ["--noproxy", "*"]
+
+    def answered() -> bool:
+        words = [word for n in range(5) for word in ("-T", str(tmp_path / "small"), f"{site}/{n}")]
+        client.call(ask, [*curl, *words])
+        return True
+
+    wanted = {"curl": "admitted", "nginx": "admitted" if COUNTS else "kept-out"}
+
+    def watched() -> bool:
+        listed = underpass(bed.pins, "guard", "list", "--json").document()
+        verdicts = {line["name"]: line["verdict"] for line in listed}
+        return answered() and wanted.items() <= verdicts.items()
+
+    wait_until(watched, "the programs were watched", patient(30))
+    for name in ("first", "second", "third"):
+        client.call(ask, [*curl, "-T", str(tmp_path / "large"), f"{site}/{name}"])
+        assert (tmp_path / "files" / name).read_bytes() == large
+    status = underpass(bed.pins, "status", "--json").document()
+    assert (status["counters"]["pairs_total"] > 0) == COUNTS
+
+
+@pytest.mark.usefixtures("miscounting")
+@pytest.mark.parametrize("fault", [Fault(0), Fault.MISCOUNTED], ids=["guarded", "twin"])
+def test_nginx_is_kept_out_by_its_name(
+    bed: Bed, plane: MakePlane, tmp_path: Path, fault: Fault
+) -> None:
+    """Claim: where FIONREAD does not count, it is on TCP before it has asked. Twin: it pairs."""
+    dataplane = plane(UNGUARDED, fault)
+    (tmp_path / "files").mkdir()
+    nginx.start(bed, "server", tmp_path, nginx.DAV, HTTP_PORT)
+    curl = [find("curl", "curl"), "--no-progress-meter", "--noproxy", "*"]
+    bed.worker("client").call(ask, [*curl, f"http://{SERVER4}:{HTTP_PORT}/"])
+    assert (dataplane.counters().pairs_total > 0) == bool(fault)
+    if not fault:
+        assert _reason(bed, "nginx") == "fionread"
 
 
 def _reason(bed: Bed, name: str) -> str:

@@ -13,7 +13,7 @@ import pytest
 from tests.kernel import bed as beds
 from tests.kernel.bed import Bed
 from tests.kernel.kernel_objects import sock_ops_on, wait_gone
-from underpass import dataplane
+from underpass import dataplane, knobs
 from underpass.dataplane import Dataplane
 from underpass.model import Fault, Settings
 from underpass.torture.kernel_objects import pinned
@@ -67,3 +67,10 @@ def plane(bed: Bed) -> Iterator[MakePlane]:
         assert not bed.pins.exists()
         wait_gone(objects)
     assert sock_ops_on(bed.cgroup) == []
+
+
+@pytest.fixture
+def miscounting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data plane that takes this kernel for one that does not count what is redirected."""
+    has = knobs._has_symbol
+    monkeypatch.setattr(knobs, "_has_symbol", lambda name: name != "tcp_bpf_ioctl" and has(name))

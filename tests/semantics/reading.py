@@ -390,7 +390,8 @@ def _waiting(stage: Stage, server: socket.socket) -> str:
     "FIONREAD (SIOCINQ) on bytes of the shortcut",
     "10",
     ("10", "0"),
-    "depends on the kernel, `doctor` tries it; right since 929e30f93125",
+    "depends on the kernel, `doctor` tries it; right since 929e30f93125; before, programs that "
+    "ask it stay on TCP",
 )
 def _fionread(stage: Stage) -> str:
     client, server = stage.pair()
