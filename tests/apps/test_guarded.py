@@ -20,7 +20,6 @@ from tests.kernel.waiting import holds_for, wait_until
 from underpass import knobs
 from underpass.model import Fault
 from underpass.torture.content import content
-from underpass.torture.patience import patient
 
 HTTP_PORT, TCP_PORT, HASHER_PORT = 8080, 8081, 8082
 COUNTS = "tcp_bpf_ioctl" in knobs._symbols()
@@ -94,7 +93,7 @@ def test_an_nginx_that_asks_how_much_waits_works(bed: Bed, tmp_path: Path) -> No
         verdicts = {line["name"]: line["verdict"] for line in listed}
         return answered() and wanted.items() <= verdicts.items()
 
-    wait_until(watched, "the programs were watched", patient(30))
+    wait_until(watched, "the programs were watched")
     for name in ("first", "second", "third"):
         client.call(ask, [*curl, "-T", str(tmp_path / "large"), f"{site}/{name}"])
         assert (tmp_path / "files" / name).read_bytes() == large
