@@ -64,7 +64,8 @@ static __always_inline bool sndbuf_locked(const struct sock *sk)
 	return BPF_CORE_READ_BITFIELD_PROBED(sk, sk_userlocks) & SOCK_SNDBUF_LOCK;
 }
 
-/* Two segments, and the kernel doubles it: fewer than four would wait for delayed ACKs. */
+/* Two segments, and the kernel doubles it: fewer than four would wait for delayed ACKs. Or half a message: what does not fit of one
+ * that may not wait, the kernel has copied in vain. Odd: no size that a program would ask for. */
 static __always_inline int narrow_size(const struct tcp_sock *tp, __u32 message)
 {
 	__u32 size = 2 * tp->advmss;
