@@ -60,6 +60,12 @@ static __always_inline void tell(void)
 		__sync_fetch_and_add(&n->epoch, 1);
 }
 
+/* Is who asks FIONREAD told too little, since redirected bytes do not count? */
+static __always_inline bool miscounts(void)
+{
+	return !knobs.counts_redirected && !fault(UP_FAULT_MISCOUNTED);
+}
+
 /* Does it ask FIONREAD only when a read has filled its buffer, and wait for an event if told of nothing more? Where that does
  * not count redirected bytes (before 929e30f93125) such a program must not come so far, and nothing smaller gives it away
  * while it is watched. By the names of those that are known: nginx, angie, openresty, stunnel. */
@@ -67,10 +73,8 @@ static __always_inline bool asks_late(const struct up_program *p)
 {
 	__u64 first = *(const __u64 *)p->name;
 
-	if (knobs.counts_redirected || fault(UP_FAULT_MISCOUNTED))
-		return false;
-	return first == 0x000000786e69676e || first == 0x0000006569676e61 || first == 0x747365726e65706f ||
-	       (first & 0xffffffffffffff) == 0x006c656e6e757473;
+	return miscounts() && (first == 0x000000786e69676e || first == 0x0000006569676e61 || first == 0x747365726e65706f ||
+			       (first & 0xffffffffffffff) == 0x006c656e6e757473);
 }
 
 /* May its connections take the shortcut? UP_SHORTCUT, UP_OBSERVED or UP_GUARDED. One that had to make

@@ -76,7 +76,7 @@ static __always_inline __u32 signs_of_call(const void *regs, __u64 call)
 	if (call == knobs.calls.splice)
 		return UP_SIGN_SPLICE;
 	if (call == knobs.calls.ioctl && (__u32)SECOND(regs) == FIONREAD)
-		return UP_COUNTS << LOOKS_SHIFT | (knobs.counts_redirected || fault(UP_FAULT_MISCOUNTED) ? 0 : UP_SIGN_FIONREAD);
+		return UP_COUNTS << LOOKS_SHIFT | (miscounts() ? UP_SIGN_FIONREAD : 0);
 	if (call == knobs.calls.getsockopt && SECOND(regs) == SOL_TCP && THIRD(regs) == TCP_ZEROCOPY_RECEIVE)
 		return UP_SIGN_ZEROCOPY;
 	return 0;

@@ -15,15 +15,12 @@ from tests.apps.hasher import exchange, serve_hashes, sha256
 from tests.apps.programs import ask, find
 from tests.kernel.bed import CLIENT4, SERVER4, UNGUARDED, Bed
 from tests.kernel.commands import underpass
-from tests.kernel.fixtures import MakePlane
+from tests.kernel.fixtures import COUNTS, MakePlane
 from tests.kernel.waiting import holds_for, wait_until
-from underpass import knobs
 from underpass.model import Fault
 from underpass.torture.content import content
 
 HTTP_PORT, TCP_PORT, HASHER_PORT = 8080, 8081, 8082
-COUNTS = "tcp_bpf_ioctl" in knobs._symbols()
-"""This kernel's FIONREAD counts what is redirected."""
 OBSERVED = 12.5
 """Seconds of traffic: longer than a program is watched before it may take the shortcut."""
 _SIZES = (1, 700, 300_000, 2_000_000)

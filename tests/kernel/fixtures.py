@@ -18,6 +18,9 @@ from underpass.dataplane import Dataplane
 from underpass.model import Fault, Settings
 from underpass.torture.kernel_objects import pinned
 
+COUNTS = "tcp_bpf_ioctl" in knobs._symbols()
+"""This kernel's FIONREAD counts what is redirected."""
+
 
 class MakePlane(Protocol):
     """Loads the data plane on the bed's cgroup."""

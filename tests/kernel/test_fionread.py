@@ -12,10 +12,9 @@ import pytest
 from tests.kernel import remote
 from tests.kernel import test_guard as guard
 from tests.kernel.bed import SERVER4, Bed
-from tests.kernel.fixtures import MakePlane
+from tests.kernel.fixtures import COUNTS, MakePlane
 from tests.kernel.remote import Remote, couple
 from tests.kernel.waiting import wait_until
-from underpass import knobs
 from underpass.dataplane import Dataplane
 from underpass.model import Fault, Sign
 from underpass.torture.patience import patient
@@ -23,7 +22,6 @@ from underpass.torture.patience import patient
 KIB = 1024
 BUFFER = KIB
 MESSAGE = 100 * KIB
-COUNTS = "tcp_bpf_ioctl" in knobs._symbols()
 _READ = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 
 
