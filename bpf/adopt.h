@@ -136,7 +136,7 @@ static __always_inline bool set_callbacks(struct tcp_sock *tp, const struct endp
 
 	if (before->told_at)
 		flags &= ~LEAVING_FLAG;
-	if ((flags & BUILD_FLAG) && !before->observed && !(before->left && before->narrow == 1) &&
+	if ((flags & BUILD_FLAG) && !before->observed && !(before->left && tight(before)) &&
 	    !bpf_sk_storage_get(&shared_listeners, (struct sock *)tp, 0, BPF_SK_STORAGE_GET_F_CREATE))
 		return false;
 	return !(flags & LEAVING_FLAG) && set_flags(tp, flags | wanted);
@@ -148,7 +148,7 @@ static __always_inline enum up_reason let_in(struct up_order *order, struct tcp_
 	struct endpoint *ep;
 	enum up_reason why;
 	__u64 kept[3], left_at;
-	__u8 leaves, narrow;
+	__u8 leaves, buffer_is;
 	int buffer;
 	__u32 signs;
 	long error;
@@ -179,13 +179,13 @@ static __always_inline enum up_reason let_in(struct up_order *order, struct tcp_
 		return UP_NOT_SUITABLE;
 	__builtin_memcpy(kept, &ep->shortcut_bytes, sizeof(kept)); /* what went so far */
 	left_at = ep->left_at;
-	narrow = ep->narrow;
+	buffer_is = ep->buffer_is;
 	buffer = ep->buffer;
 	leaves = ep->leaves;
 	__builtin_memset(ep, 0, sizeof(*ep));
 	__builtin_memcpy(&ep->shortcut_bytes, kept, sizeof(kept));
 	ep->left_at = left_at;
-	ep->narrow = narrow;
+	ep->buffer_is = buffer_is;
 	ep->buffer = buffer;
 	ep->leaves = leaves;
 	ep->self.cookie = bpf_get_socket_cookie(tp);

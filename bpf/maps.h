@@ -30,6 +30,9 @@ struct key {
 };
 
 /* State of one endpoint. Written under its socket lock only; freed with the socket. */
+/* What we made of a send buffer's size, if it still is the one that we set. */
+enum buffer_is { BUFFER_UNTOUCHED, BUFFER_NARROW, BUFFER_ROOMY, BUFFER_WIDE };
+
 struct endpoint {
 	struct key self;
 	struct key peer; /* cookie 0 = not paired */
@@ -71,7 +74,7 @@ struct endpoint {
 	__u8 ticking; /* the keepalive timer runs for us; 2 = the program had it on itself */
 	__u8 left;    /* it was in the map and is not any more */
 	__u8 leaves;  /* how often that was so */
-	__u8 narrow;  /* its send buffer is: 1 = narrow, 2 = wide again, by us; 0 = untouched */
+	__u8 buffer_is; /* enum buffer_is */
 	__u8 observed; /* not in the map: its packets show that its program runs */
 	__u8 barred;  /* the policy keeps one of the ends on TCP */
 	__u8 guarded; /* a sign was seen at one of the ends: TCP from now on, and out of the map */

@@ -9,6 +9,7 @@
 #define KEEP_MOST 127
 #define NARROW_LEAST 8190 /* no size that a program would ask for */
 #define MOST_BUFFER (4 << 20)
+#define SEGMENT 81920 /* one of 64 KiB, and what the kernel needs for it */
 #define SOCK_SNDBUF_LOCK 1
 #define SOCK_NOSPACE 2
 #define TCP_NOTSENT_LOWAT 25
@@ -92,46 +93,92 @@ static __always_inline int wide_size(const struct sock *sk)
 	return READ(net, ipv4.sysctl_tcp_wmem[2]) >> 1;
 }
 
+static __always_inline int buffer_of(const struct sock *sk)
+{
+	return READ(sk, sk_sndbuf);
+}
+
+/* It has still to be made as wide as TCP would. */
+static __always_inline bool tight(const struct endpoint *ep)
+{
+	return ep->buffer_is == BUFFER_NARROW || ep->buffer_is == BUFFER_ROOMY;
+}
+
+static __always_inline bool buffer_is_ours(const struct endpoint *ep, const struct sock *sk)
+{
+	return ep->buffer_is && buffer_of(sk) == ep->buffer;
+}
+
+/* In the map no wider than no_room_left() can do with: of as much as net.core.wmem_max allows, a third must be free,
+ * whatever waits; and what waits can be more by one segment. */
+static __noinline void resize(struct bpf_sock_ops *ctx, struct endpoint *ep, const struct tcp_sock *tp, __u8 as)
+{
+	const struct sock *sk = &tp->inet_conn.icsk_inet.sk;
+	int size = as == BUFFER_NARROW ? narrow_size(tp, ep->held) : wide_size(sk), most = MOST_BUFFER;
+
+	if (as != BUFFER_WIDE) {
+		if (bpf_setsockopt(ctx, SOL_SOCKET, SO_SNDBUF, &most, sizeof(most)))
+			return;
+		most = (__u32)buffer_of(sk) / 3 - SEGMENT / 2;
+		if (most < NARROW_LEAST)
+			most = NARROW_LEAST;
+		if (size > most)
+			size = most | 1;
+	}
+	if (bpf_setsockopt(ctx, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size)))
+		return;
+	ep->buffer_is = as;
+	ep->buffer = buffer_of(sk);
+}
+
 /* Over budget, TCP holds the sender - but with megabytes in its send buffer it would fill that again as
  * fast as it drains, and the gate would never see a moment at which all is consumed: on a slow path the
  * stream would stay on TCP for good. With a narrow buffer the sender stops after a message or two, the
  * reader catches up, and the shortcut is back. A size that the program chose itself is left alone. */
-static __noinline void set_buffer(struct bpf_sock_ops *ctx, struct endpoint *ep,
-				       const struct tcp_sock *tp, bool narrow)
+static __noinline void set_buffer(struct bpf_sock_ops *ctx, struct endpoint *ep, const struct tcp_sock *tp, __u8 as)
 {
 	const struct sock *sk = &tp->inet_conn.icsk_inet.sk;
-	int size = narrow ? narrow_size(tp, ep->held) : wide_size(sk);
 
-	if (narrow == (ep->narrow == 1))
-		return;
-	if ((!narrow || sndbuf_locked(sk)) && READ(sk, sk_sndbuf) != ep->buffer)
+	if (ep->buffer_is && !buffer_is_ours(ep, sk))
+		ep->buffer_is = BUFFER_UNTOUCHED;
+	if (as == ep->buffer_is || (!ep->buffer_is && (as != BUFFER_NARROW || sndbuf_locked(sk))))
 		return;
 	if (psock_of(sk) && reader_sleeps(ep->sock) && !fault(UP_FAULT_ROUSING)) /* this would wake it: see no_room_left() */
 		return;
-	if (bpf_setsockopt(ctx, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size)))
-		return;
-	ep->narrow = narrow ? 1 : 2;
-	ep->buffer = READ(sk, sk_sndbuf);
+	resize(ctx, ep, tp, as);
+}
+
+static __always_inline bool waits_for_room(const struct sock *sk)
+{
+	const struct socket *socket = READ(sk, sk_socket);
+
+	return READ(socket, flags) >> SOCK_NOSPACE & 1;
 }
 
 /* A send has left the mark that it waits for room, though it found some (sk_stream_wait_memory). An ACK then wakes whoever
  * sleeps on the socket, and a reader in the map that is woken for nothing returns EAGAIN (tcp_msg_wait_data). So the mark
- * is taken away while nobody sleeps: by room, which a change of the buffer's size tells of, and then that is as before. */
-static __noinline void no_room_left(struct bpf_sock_ops *ctx, const struct endpoint *ep, const struct tcp_sock *tp)
+ * is taken away while nobody sleeps: by room, which a change of the buffer's size tells of, and then that is as before.
+ * False if the program has chosen a buffer in which as much waits as cannot be outgrown. */
+static __noinline bool no_room_left(struct bpf_sock_ops *ctx, struct endpoint *ep, const struct tcp_sock *tp)
 {
 	const struct sock *sk = &tp->inet_conn.icsk_inet.sk;
-	const struct socket *socket = READ(sk, sk_socket);
-	int size = (__u32)READ(sk, sk_sndbuf) >> 1, wide = MOST_BUFFER, lowat = 0;
+	int size = (__u32)buffer_of(sk) >> 1, most = MOST_BUFFER, lowat = 0;
 
-	if (!(READ(socket, flags) >> SOCK_NOSPACE & 1) || waiters(ep->sock, 0, 0) || fault(UP_FAULT_ROUSING))
-		return;
-	/* A size that somebody set, we or the program, is put back as it was; above that it could not be. */
-	if (sndbuf_locked(sk) && size <= MOST_BUFFER) {
-		bpf_setsockopt(ctx, SOL_SOCKET, SO_SNDBUF, &wide, sizeof(wide));
-		bpf_setsockopt(ctx, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size));
-	} else if (!bpf_getsockopt(ctx, SOL_TCP, TCP_NOTSENT_LOWAT, &lowat, sizeof(lowat))) {
-		bpf_setsockopt(ctx, SOL_TCP, TCP_NOTSENT_LOWAT, &lowat, sizeof(lowat));
+	if (!waits_for_room(sk) || waiters(ep->sock, 0, 0) || fault(UP_FAULT_ROUSING))
+		return true;
+	if (!bpf_getsockopt(ctx, SOL_TCP, TCP_NOTSENT_LOWAT, &lowat, sizeof(lowat)))
+		bpf_setsockopt(ctx, SOL_TCP, TCP_NOTSENT_LOWAT, &lowat, sizeof(lowat)); /* a third of it is free as it is? */
+	if (!waits_for_room(sk))
+		return true;
+	if (!sndbuf_locked(sk) || buffer_is_ours(ep, sk)) {
+		resize(ctx, ep, tp, ep->buffer_is == BUFFER_NARROW ? BUFFER_NARROW : BUFFER_ROOMY);
+		return true;
 	}
+	if (size <= MOST_BUFFER) {
+		bpf_setsockopt(ctx, SOL_SOCKET, SO_SNDBUF, &most, sizeof(most));
+		bpf_setsockopt(ctx, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size));
+	}
+	return !waits_for_room(sk);
 }
 
 #endif

@@ -41,8 +41,8 @@ static __noinline void leave(struct bpf_sock_ops *ctx, struct endpoint *ep,
 	note_left(ep);
 	ep->reason = reason;
 	count_socket(reason);
-	set_buffer(ctx, ep, tp, false);
-	clear_flags(ctx, ep->narrow == 1 ? CLOSE_FLAG : BUILD_FLAG | CLOSE_FLAG); /* a reader sleeps: on_packet() tries again */
+	set_buffer(ctx, ep, tp, BUFFER_WIDE);
+	clear_flags(ctx, tight(ep) ? CLOSE_FLAG : BUILD_FLAG | CLOSE_FLAG); /* a reader sleeps: on_packet() tries again */
 	if (ep->ticking)
 		STOP_TICKING(ctx, ep);
 	if (tp->rcv_nxt != tp->copied_seq && !bpf_getsockopt(ctx, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat)))
@@ -222,10 +222,10 @@ static __noinline void on_packet(struct bpf_sock_ops *ctx)
 	if (!tp)
 		return;
 	if (ep->left) {
-		if (ep->narrow != 1)
+		if (!tight(ep))
 			return;
-		set_buffer(ctx, ep, tp, false);
-		if (ep->narrow != 1 && !psock_of((const struct sock *)tp)) /* else the flag is another generation's by now */
+		set_buffer(ctx, ep, tp, BUFFER_WIDE);
+		if (!tight(ep) && !psock_of((const struct sock *)tp)) /* else the flag is another generation's by now */
 			clear_flags(ctx, BUILD_FLAG);
 		return;
 	}
@@ -248,8 +248,9 @@ static __noinline void on_packet(struct bpf_sock_ops *ctx)
 	why = ep->leave ? 0 : peer_leaves(ep);
 	if (why)
 		follow(ep, why);
-	set_buffer(ctx, ep, tp, ep->held && in_spell(ep));
-	no_room_left(ctx, ep, tp);
+	set_buffer(ctx, ep, tp, ep->held && in_spell(ep) ? BUFFER_NARROW : BUFFER_ROOMY);
+	if (!no_room_left(ctx, ep, tp) && settled_here(ep, tp))
+		return leave(ctx, ep, tp, UP_SEND_ROOM);
 	if (CTX(state) == BPF_TCP_FIN_WAIT1) /* its FIN: a moment later, perhaps a better one */
 		return half_close(ctx, ep);
 	copied = tp->copied_seq;

@@ -4,7 +4,7 @@
 #ifndef UNDERPASS_H
 #define UNDERPASS_H
 
-#define UP_ABI 8
+#define UP_ABI 9
 
 /* Why a message took its path, or why a connection did not become a pair.
  * The metric labels, the CLI's words and the docs come from this one list: name, word. */
@@ -49,7 +49,8 @@
 	X(REPROOF, "reproof")                     /* sent by TCP so that the network path is met again */ \
 	X(POLICY, "policy")                       /* the policy keeps one of the ends on TCP */           \
 	X(READER_BUSY, "reader-busy")             /* a thread holds the reader's socket for long */       \
-	X(CGROUP_MEMORY, "cgroup-memory")         /* the reader's cgroup is near its memory limit */
+	X(CGROUP_MEMORY, "cgroup-memory")         /* the reader's cgroup is near its memory limit */      \
+	X(SEND_ROOM, "send-room")                 /* left: in its large send buffer too much waits, by TCP */
 
 enum up_reason {
 #define X(name, word) UP_##name,

@@ -95,7 +95,8 @@ static __always_inline void arm(struct bpf_iter__tcp *ctx, bool on)
  * missed (stuck.h). */
 static __always_inline void put_back(struct tcp_sock *tp, struct endpoint *ep)
 {
-	int wide = wide_size(&tp->inet_conn.icsk_inet.sk), lowat, flags;
+	const struct sock *sk = &tp->inet_conn.icsk_inet.sk;
+	int wide = wide_size(sk), lowat, flags;
 
 	ep->observed = 0;
 	flags = tp->bpf_sock_ops_cb_flags & ~CLOSE_FLAG;
@@ -106,8 +107,10 @@ static __always_inline void put_back(struct tcp_sock *tp, struct endpoint *ep)
 	set_flags(tp, flags);
 	if (ep->ticking)
 		STOP_TICKING(tp, ep);
-	if (ep->narrow == 1 && tp->inet_conn.icsk_inet.sk.sk_sndbuf == ep->buffer)
+	if (tight(ep) && buffer_is_ours(ep, sk)) {
 		bpf_setsockopt(tp, SOL_SOCKET, SO_SNDBUF, &wide, sizeof(wide));
+		ep->buffer_is = BUFFER_UNTOUCHED;
+	}
 	lowat = tp->inet_conn.icsk_inet.sk.sk_rcvlowat;
 	if (tp->rcv_nxt != tp->copied_seq)
 		bpf_setsockopt(tp, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat));

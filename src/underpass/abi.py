@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from underpass.model import Reason, Small
 
-ABI = 8
+ABI = 9
 REASONS = len(Reason)
 
 u8, u32, u64 = ctypes.c_uint8, ctypes.c_uint32, ctypes.c_uint64

@@ -80,12 +80,20 @@ class Reason(enum.IntEnum):
         "a thread holds the reader's socket for long, as in a page fault; TCP does not wait for it",
     )
     CGROUP_MEMORY = 40, "cgroup-memory", "the reader's memory cgroup is near its limit"
+    SEND_ROOM = (
+        41,
+        "send-room",
+        "it left: its program set a large send buffer, in which more waited than is safe",
+    )
 
 
 #: Every reason, by its number.
 REASONS = tuple(Reason)
 #: Reasons that refuse a whole connection; the others are given message by message.
-REFUSALS = (*(r for r in REASONS if Reason.NOT_LOCAL <= r < Reason.LEAVING), Reason.POLICY)
+REFUSALS = (
+    *(r for r in REASONS if Reason.NOT_LOCAL <= r < Reason.LEAVING),
+    *(Reason.POLICY, Reason.SEND_ROOM),
+)
 #: Reasons for which a message goes by TCP.
 TCP_REASONS = (
     *(r for r in REASONS if r >= Reason.UNPAIRED and r not in REFUSALS),

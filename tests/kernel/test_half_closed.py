@@ -98,8 +98,8 @@ def test_twin_that_rouses_at_the_end(bed: Bed, plane: MakePlane) -> None:
 
 def test_the_connection_outlives_it(bed: Bed, plane: MakePlane) -> None:
     """Claim: that ACK does not wait until TCP_USER_TIMEOUT ends the connection."""
-    options = ((socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 2000),)
-    behind = _read_behind(bed, plane(UNGUARDED), 4, of_far=options)
+    options = ((socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(patient(2000))),)
+    behind = _read_behind(bed, plane(UNGUARDED), patient(4), of_far=options)
     with pytest.raises(BlockingIOError):  # it was let through, for want of a better way
         behind.taken()
     taken = behind.far.worker.call(_recv, behind.far.number)

@@ -15,7 +15,7 @@ from tests.kernel.bed import SERVER4, UNGUARDED, Bed
 from tests.kernel.fixtures import MakePlane
 from tests.kernel.remote import _SOCKETS, Remote, couple
 from underpass.model import Fault
-from underpass.torture.patience import patient
+from underpass.torture.patience import fewer, patient
 from underpass.torture.plans import MIB
 
 PORT = 8080
@@ -26,11 +26,11 @@ ANSWER = b"a" * 100
 SHORT = 1000
 
 
-def _ask(number: int, rounds: int) -> int:
+def _ask(number: int, rounds: int, size: int) -> int:
     """Send a request and wait for its answer, time and again; in which round recv said EAGAIN."""
     client = _SOCKETS[number]
     client.setblocking(True)
-    request = bytes(REQUEST)
+    request = bytes(size)
     for done in range(rounds):
         client.sendall(request)
         left = len(ANSWER)
@@ -42,13 +42,13 @@ def _ask(number: int, rounds: int) -> int:
     return rounds
 
 
-def _answer(number: int, rounds: int) -> None:
+def _answer(number: int, rounds: int, size: int) -> None:
     """Read requests with pauses, so that they come to wait, and answer each."""
     server, choose = _SOCKETS[number], random.Random(1)
     server.settimeout(patient(30))
     for _ in range(rounds):
         time.sleep(choose.random() * 0.02)
-        left = REQUEST
+        left = size
         while left:
             taken = len(server.recv(min(left, choose.randint(1, MIB // 4))))
             if not taken:
@@ -60,9 +60,9 @@ def _answer(number: int, rounds: int) -> None:
         server.sendall(ANSWER)
 
 
-def _rounds_without(near: Remote, far: Remote, rounds: int) -> int:
-    answering = far.worker.submit(_answer, far.number, rounds)
-    asked = near.worker.submit(_ask, near.number, rounds).result(patient(100))
+def _rounds_without(near: Remote, far: Remote, rounds: int, request: int = REQUEST) -> int:
+    answering = far.worker.submit(_answer, far.number, rounds, request)
+    asked = near.worker.submit(_ask, near.number, rounds, request).result(patient(100))
     near.close()
     with contextlib.suppress(OSError):
         answering.result(patient(40))
@@ -93,8 +93,26 @@ def test_a_blocking_client_waits_for_its_answer(
     far.receive(1, SHORT)
     underpass.set_paused(paused)
     assert _rounds_without(near, far, 100) == 100
+    counters = underpass.counters()
     reason = "paused" if paused else "budget-bytes"
-    assert underpass.counters().tcp_messages_total[reason] > 20
+    left = counters.refused_total["send-room"]  # where net.core.wmem_max is as small as that
+    assert counters.tcp_messages_total[reason] > 20 or (left and size > _most_set() / 3)
+
+
+@pytest.mark.parametrize("address", [SERVER4, LOOPBACK], ids=["veth", "loopback"])
+@pytest.mark.parametrize("paused", [False, True], ids=["over budget", "paused"])
+def test_a_client_with_the_largest_buffer_leaves(
+    bed: Bed, plane: MakePlane, address: str, *, paused: bool
+) -> None:
+    """Claim: where more waits in a buffer than can be outgrown, the client is not woken either."""
+    underpass = plane(SETTINGS)
+    near, far = _coupled(bed, address)
+    near.set_option(socket.SOL_SOCKET, socket.SO_SNDBUF, _most_set())
+    near.send(1, SHORT)
+    far.receive(1, SHORT)
+    underpass.set_paused(paused)
+    assert _rounds_without(near, far, fewer(60), 16_000_000) == fewer(60)
+    assert underpass.counters().refused_total["send-room"] == 1
 
 
 def _size_while_narrow(near: Remote, far: Remote, message: int = 65536) -> int:
@@ -118,7 +136,7 @@ def test_a_size_that_the_program_sets_stays(
     near, far = _coupled(bed, address)
     near.send(1, SHORT)
     far.receive(1, SHORT)
-    assert _size_while_narrow(near, far, message) == narrow
+    assert _size_while_narrow(near, far, message) == min(narrow, _most_narrow())
     near.set_option(socket.SOL_SOCKET, socket.SO_SNDBUF, 60_000)
     assert _size_while_narrow(near, far, message) == 120_000
 
@@ -140,6 +158,16 @@ def test_a_buffer_is_no_wider_than_tcp_would_make_it(bed: Bed, plane: MakePlane)
 
 def _most_buffer() -> str:
     return Path("/proc/sys/net/ipv4/tcp_wmem").read_text().split()[2]
+
+
+def _most_set() -> int:
+    """The largest size of a send buffer that a program can ask for."""
+    return int(Path("/proc/sys/net/core/wmem_max").read_text())
+
+
+def _most_narrow() -> int:
+    """The largest that it has in the map: a third less, and less by a segment (`resize`)."""
+    return 2 * (min(2 * _most_set(), 8 * MIB) // 3 - 40960 | 1)
 
 
 def test_twin_that_rouses_readers(bed: Bed, plane: MakePlane) -> None:

@@ -13,6 +13,7 @@ from underpass.errors import UnderpassError
 from underpass.model import Fault, Reason, Settings
 from underpass.policy import Compiled
 from underpass.torture.kernel_objects import pinned
+from underpass.torture.patience import patient
 
 _GONE_WITHIN = 20.0
 #: Each such message was turned off the shortcut by a rule or by the torture; those that follow it
@@ -110,7 +111,10 @@ class Generation:
     def leaks(self) -> list[str]:
         """What is in the maps although every connection is closed; waits for late ends."""
         planes = list(self._planes)
-        wait_for(lambda: not any(p.endpoints() or any(p.leftovers().values()) for p in planes), 15)
+        wait_for(
+            lambda: not any(p.endpoints() or any(p.leftovers().values()) for p in planes),
+            patient(15),
+        )
         found = []
         for plane in planes:
             found += [
