@@ -68,13 +68,17 @@ static __always_inline bool miscounts(void)
 
 /* Does it ask FIONREAD only when a read has filled its buffer, and wait for an event if told of nothing more? Where that does
  * not count redirected bytes (before 929e30f93125) such a program must not come so far, and nothing smaller gives it away
- * while it is watched. By the names of those that are known: nginx, angie, openresty, stunnel. */
+ * while it is watched. By the names of those that are known. */
 static __always_inline bool asks_late(const struct up_program *p)
 {
 	__u64 first = *(const __u64 *)p->name;
+	bool named = false;
+	int i;
 
-	return miscounts() && (first == 0x000000786e69676e || first == 0x0000006569676e61 || first == 0x747365726e65706f ||
-			       (first & 0xffffffffffffff) == 0x006c656e6e757473);
+	for (i = 0; i < UP_LATE_NAMES; i++)
+		if (knobs.asks_late[2 * i + 1] && (first & knobs.asks_late[2 * i + 1]) == knobs.asks_late[2 * i])
+			named = true;
+	return named;
 }
 
 /* May its connections take the shortcut? UP_SHORTCUT, UP_OBSERVED or UP_GUARDED. One that had to make

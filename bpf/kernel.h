@@ -45,7 +45,7 @@ struct inode___v61 { struct timespec64 i_mtime; };
 struct qstr { const unsigned char *name; };
 struct dentry { struct qstr d_name; };
 struct path { struct dentry *dentry; };
-struct file { struct inode *f_inode; struct path f_path; void *private_data; };
+struct file { unsigned int f_flags; struct inode *f_inode; struct path f_path; void *private_data; };
 struct file___v613 { struct { atomic64_t refcnt; } f_ref; }; /* counts from 0 */
 struct file___v61 { atomic64_t f_count; };
 struct fdtable { unsigned int max_fds; struct file **fd; };

@@ -71,7 +71,7 @@ static __noinline void note_syn(struct bpf_sock_ops *ctx, __u32 number, __u64 li
 {
 	struct syn syn = {.listener = listener}, *known;
 
-	if (closed())
+	if (draining() || closed())
 		return;
 	read_view(ctx, &syn.view);
 	known = bpf_map_lookup_elem(&syns, &number);

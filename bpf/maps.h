@@ -29,10 +29,10 @@ struct key {
 	struct numbers numbers;
 };
 
-/* State of one endpoint. Written under its socket lock only; freed with the socket. */
 /* What we made of a send buffer's size, if it still is the one that we set. */
 enum buffer_is { BUFFER_UNTOUCHED, BUFFER_NARROW, BUFFER_ROOMY, BUFFER_WIDE };
 
+/* State of one endpoint. Written under its socket lock only; freed with the socket. */
 struct endpoint {
 	struct key self;
 	struct key peer; /* cookie 0 = not paired */

@@ -13,6 +13,7 @@
 #define SOCK_SNDBUF_LOCK 1
 #define SOCK_NOSPACE 2
 #define TCP_NOTSENT_LOWAT 25
+#define O_NONBLOCK 04000
 
 /* Let the keepalive timer send a packet at every second of silence. Its count is raised, and TCP_USER_TIMEOUT set aside:
  * on a path that has begun to drop packets the program's connection must not end sooner for our sake. */
@@ -85,12 +86,15 @@ static __always_inline bool in_spell(const struct endpoint *ep)
 	return ep->unread_row % SPELLS < SPELL;
 }
 
-/* As far as TCP would widen it by itself; the kernel doubles it, and takes at most net.core.wmem_max. */
+/* As far as TCP would widen it by itself, if we may; the kernel doubles it. Odd, as above. */
 static __always_inline int wide_size(const struct sock *sk)
 {
 	const struct net *net = READ(sk, __sk_common.skc_net.net);
+	__u32 size = (__u32)READ(net, ipv4.sysctl_tcp_wmem[2]) >> 1;
 
-	return READ(net, ipv4.sysctl_tcp_wmem[2]) >> 1;
+	if (size > knobs.buffer_most)
+		size = knobs.buffer_most;
+	return (size - 1) | 1;
 }
 
 static __always_inline int buffer_of(const struct sock *sk)
@@ -109,22 +113,37 @@ static __always_inline bool buffer_is_ours(const struct endpoint *ep, const stru
 	return ep->buffer_is && buffer_of(sk) == ep->buffer;
 }
 
-/* In the map no wider than no_room_left() can do with: of as much as net.core.wmem_max allows, a third must be free,
- * whatever waits; and what waits can be more by one segment. */
+/* The largest that we ask for. */
+static __always_inline int most_buffer(void)
+{
+	return knobs.buffer_most < MOST_BUFFER ? (int)knobs.buffer_most : MOST_BUFFER;
+}
+
+/* The largest SO_SNDBUF that no_room_left() can do with: of twice what may be asked for, a third must be free, whatever
+ * waits; and what waits can be more by one segment. */
+static __always_inline int most_in_map(void)
+{
+	int most = (__u32)most_buffer() / 3 * 2 - SEGMENT / 2;
+
+	return most < NARROW_LEAST ? NARROW_LEAST : most;
+}
+
+/* Can a thread sleep in a read of it? */
+static __always_inline bool blocks(const struct sock *sk)
+{
+	const struct socket *socket = READ(sk, sk_socket);
+	const struct file *file = READ(socket, file);
+
+	return !(READ(file, f_flags) & O_NONBLOCK);
+}
+
 static __noinline void resize(struct bpf_sock_ops *ctx, struct endpoint *ep, const struct tcp_sock *tp, __u8 as)
 {
 	const struct sock *sk = &tp->inet_conn.icsk_inet.sk;
-	int size = as == BUFFER_NARROW ? narrow_size(tp, ep->held) : wide_size(sk), most = MOST_BUFFER;
+	int size = as == BUFFER_NARROW ? narrow_size(tp, ep->held) : wide_size(sk), most = most_in_map();
 
-	if (as != BUFFER_WIDE) {
-		if (bpf_setsockopt(ctx, SOL_SOCKET, SO_SNDBUF, &most, sizeof(most)))
-			return;
-		most = (__u32)buffer_of(sk) / 3 - SEGMENT / 2;
-		if (most < NARROW_LEAST)
-			most = NARROW_LEAST;
-		if (size > most)
-			size = most | 1;
-	}
+	if (as != BUFFER_WIDE && size > most && blocks(sk))
+		size = most | 1;
 	if (bpf_setsockopt(ctx, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size)))
 		return;
 	ep->buffer_is = as;
@@ -141,6 +160,10 @@ static __noinline void set_buffer(struct bpf_sock_ops *ctx, struct endpoint *ep,
 
 	if (ep->buffer_is && !buffer_is_ours(ep, sk))
 		ep->buffer_is = BUFFER_UNTOUCHED;
+	if (!ep->buffer_is && sndbuf_locked(sk) && buffer_of(sk) == 2 * wide_size(sk)) { /* by a generation before us */
+		ep->buffer_is = BUFFER_WIDE;
+		ep->buffer = buffer_of(sk);
+	}
 	if (as == ep->buffer_is || (!ep->buffer_is && (as != BUFFER_NARROW || sndbuf_locked(sk))))
 		return;
 	if (psock_of(sk) && reader_sleeps(ep->sock) && !fault(UP_FAULT_ROUSING)) /* this would wake it: see no_room_left() */
@@ -162,23 +185,25 @@ static __always_inline bool waits_for_room(const struct sock *sk)
 static __noinline bool no_room_left(struct bpf_sock_ops *ctx, struct endpoint *ep, const struct tcp_sock *tp)
 {
 	const struct sock *sk = &tp->inet_conn.icsk_inet.sk;
-	int size = (__u32)buffer_of(sk) >> 1, most = MOST_BUFFER, lowat = 0;
+	int size = (__u32)buffer_of(sk) >> 1, most = most_buffer(), lowat = 0, none = -1;
+	bool own = sndbuf_locked(sk) && !buffer_is_ours(ep, sk);
 
-	if (!waits_for_room(sk) || waiters(ep->sock, 0, 0) || fault(UP_FAULT_ROUSING))
+	if (!waits_for_room(sk) || !blocks(sk) || waiters(ep->sock, 0, 0) || fault(UP_FAULT_ROUSING))
 		return true;
-	if (!bpf_getsockopt(ctx, SOL_TCP, TCP_NOTSENT_LOWAT, &lowat, sizeof(lowat)))
-		bpf_setsockopt(ctx, SOL_TCP, TCP_NOTSENT_LOWAT, &lowat, sizeof(lowat)); /* a third of it is free as it is? */
-	if (!waits_for_room(sk))
+	if (bpf_getsockopt(ctx, SOL_TCP, TCP_NOTSENT_LOWAT, &lowat, sizeof(lowat)))
 		return true;
-	if (!sndbuf_locked(sk) || buffer_is_ours(ep, sk)) {
-		resize(ctx, ep, tp, ep->buffer_is == BUFFER_NARROW ? BUFFER_NARROW : BUFFER_ROOMY);
-		return true;
-	}
-	if (size <= MOST_BUFFER) {
+	bpf_setsockopt(ctx, SOL_TCP, TCP_NOTSENT_LOWAT, &none, sizeof(none)); /* is a third of it free as it is? */
+	/* One that TCP sizes stays with it, as long as the next packet may find a third free. */
+	if (waits_for_room(sk) && (sndbuf_locked(sk) || lowat || size > most_in_map()) &&
+	    !(own && size > most)) { /* that could not be put back */
 		bpf_setsockopt(ctx, SOL_SOCKET, SO_SNDBUF, &most, sizeof(most));
-		bpf_setsockopt(ctx, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size));
+		if (own)
+			bpf_setsockopt(ctx, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size));
+		else
+			resize(ctx, ep, tp, ep->buffer_is == BUFFER_NARROW ? BUFFER_NARROW : BUFFER_ROOMY);
 	}
-	return !waits_for_room(sk);
+	bpf_setsockopt(ctx, SOL_TCP, TCP_NOTSENT_LOWAT, &lowat, sizeof(lowat));
+	return !own || !waits_for_room(sk);
 }
 
 #endif

@@ -66,8 +66,10 @@ static __noinline void on_client(struct bpf_sock_ops *ctx)
 	struct syn *syn;
 	long error;
 
-	if (draining() || closed())
+	if (draining() || closed()) {
+		bpf_map_delete_elem(&syns, &number);
 		return;
+	}
 	syn = bpf_map_lookup_elem(&syns, &number);
 	if (!syn && !fault(UP_FAULT_NO_PROOF | UP_FAULT_ADDRESS_KEYS))
 		return count_socket(UP_NOT_LOCAL);

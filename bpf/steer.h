@@ -200,13 +200,13 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 			return UP_READER_WAITS;
 	}
 	reason = over_budget(ep, tp, r.unread, msg->size);
-	if (unlikely(reason != UP_SHORTCUT) && !fault(UP_FAULT_NO_BUDGET)) {
+	if (fault(UP_FAULT_NO_BUDGET))
+		reason = UP_SHORTCUT;
+	if (reason == UP_SHORTCUT && unlikely(reader_busy(ep, tp, r.unread, msg->size)))
+		reason = UP_READER_BUSY;
+	if (unlikely(reason != UP_SHORTCUT)) {
 		ep->held = r.unread >= knobs.shallow_bytes ? msg->size : 0;
 		return reason;
-	}
-	if (unlikely(reader_busy(ep, tp, r.unread, msg->size))) {
-		ep->held = r.unread >= knobs.shallow_bytes ? msg->size : 0;
-		return UP_READER_BUSY;
 	}
 	if (unlikely(bpf_msg_redirect_hash(msg, &sockets, &ep->peer, BPF_F_INGRESS) != SK_PASS))
 		return UP_PEER_GONE;

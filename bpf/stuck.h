@@ -222,10 +222,10 @@ static __noinline void on_packet(struct bpf_sock_ops *ctx)
 	if (!tp)
 		return;
 	if (ep->left) {
-		if (!tight(ep))
+		if (!tight(ep) || psock_of((const struct sock *)tp)) /* the flag may be another generation's by now */
 			return;
 		set_buffer(ctx, ep, tp, BUFFER_WIDE);
-		if (!tight(ep) && !psock_of((const struct sock *)tp)) /* else the flag is another generation's by now */
+		if (!tight(ep))
 			clear_flags(ctx, BUILD_FLAG);
 		return;
 	}
@@ -249,8 +249,12 @@ static __noinline void on_packet(struct bpf_sock_ops *ctx)
 	if (why)
 		follow(ep, why);
 	set_buffer(ctx, ep, tp, ep->held && in_spell(ep) ? BUFFER_NARROW : BUFFER_ROOMY);
-	if (!no_room_left(ctx, ep, tp) && settled_here(ep, tp))
-		return leave(ctx, ep, tp, UP_SEND_ROOM);
+	if (!no_room_left(ctx, ep, tp)) {
+		if (settled_here(ep, tp))
+			return leave(ctx, ep, tp, UP_SEND_ROOM);
+		if (!ep->leave)
+			wants_out(ep, UP_SEND_ROOM);
+	}
 	if (CTX(state) == BPF_TCP_FIN_WAIT1) /* its FIN: a moment later, perhaps a better one */
 		return half_close(ctx, ep);
 	copied = tp->copied_seq;

@@ -124,6 +124,7 @@ enum up_role { UP_CLIENT = 1, UP_SERVER = 2 };
 /* Of `recv_code`: the first parts are native recv's, the others those that call ours. */
 #define UP_RECV_PARTS 7
 #define UP_RECV_NATIVE 3
+#define UP_LATE_NAMES 4
 
 /* The one element of map `.rodata.knobs`: set before load, then constant. The verifier removes what
  * they switch off. */
@@ -140,10 +141,12 @@ struct up_knobs {
 	__u32 fionread_broken;  /* 1 = FIONREAD does not count TCP bytes of sockets in a map, or nobody knows */
 	__u32 counts_redirected; /* 1 = it counts what is redirected to them */
 	__u64 memory_pages;     /* above this much TCP memory of the node nothing more may wait, 0 = no limit */
+	__u64 buffer_most;      /* the largest SO_SNDBUF (net.core.wmem_max) */
 	__u64 recv_wake;        /* address of woken_wake_function, 0 = unknown */
 	__u64 poll_wake;        /* address of pollwake, 0 = unknown */
 	__u64 epoll_wake;       /* address of ep_poll_callback, 0 = unknown */
 	__u64 recv_code[2 * UP_RECV_PARTS]; /* where functions begin and end that a reader returns to; 0 = unknown */
+	__u64 asks_late[2 * UP_LATE_NAMES]; /* how names of programs begin that ask FIONREAD too late, and which bits count; 0 = none */
 	__u64 observe_ns;       /* how long a program must have run before it is admitted, 0 = at once */
 	struct up_calls {       /* this architecture's numbers of the system calls that are watched */
 		__u32 splice, recvfrom, recvmsg, recvmmsg, sendto, sendmsg, sendmmsg, getsockopt;

@@ -99,6 +99,8 @@ static __always_inline void put_back(struct tcp_sock *tp, struct endpoint *ep)
 	int wide = wide_size(sk), lowat, flags;
 
 	ep->observed = 0;
+	if (ep->role == UP_CLIENT)
+		bpf_map_delete_elem(&handshakes, &ep->numbers); /* its end will not be told of */
 	flags = tp->bpf_sock_ops_cb_flags & ~CLOSE_FLAG;
 	if (ep->told_at)
 		flags &= ~LEAVING_FLAG;

@@ -49,10 +49,12 @@ class Knobs(ctypes.Structure):
         ("fionread_broken", u32),
         ("counts_redirected", u32),
         ("memory_pages", u64),
+        ("buffer_most", u64),
         ("recv_wake", u64),
         ("poll_wake", u64),
         ("epoll_wake", u64),
         ("recv_code", u64 * 14),
+        ("asks_late", u64 * 8),
         ("observe_ns", u64),
         ("calls", Calls),
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import sys
 from bisect import bisect
 from pathlib import Path
 
@@ -17,6 +18,10 @@ _CALLS = {
     "x86_64": (275, 45, 47, 299, 44, 46, 307, 55, 43, 288, 16, 54, 7, 271, 233, 0),
     "aarch64": (76, 207, 212, 243, 206, 211, 269, 209, 202, 242, 29, 208, 0xFFFFFFFF, 73, 21, 0),
 }
+
+#: How the names of programs begin that ask FIONREAD only when a read has filled their buffer, and
+#: then wait for an event if it counts nothing more.
+_ASK_LATE = (b"nginx", b"angie", b"openrest", b"stunnel")
 
 
 def about(
@@ -41,6 +46,8 @@ def about(
     grants = 1
     while grants * 2 * settings.budget_bytes <= node and grants < 1024:
         grants *= 2
+    counts = _has_symbol("tcp_bpf_ioctl")
+    late = () if counts or faults & Fault.MISCOUNTED else _ASK_LATE
     knobs = abi.Knobs(
         faults=faults,
         cgroup_level=level,
@@ -52,12 +59,14 @@ def about(
         grants=grants,
         rdonly_cast=_has_symbol("bpf_rdonly_cast"),
         fionread_broken=fionread_broken,
-        counts_redirected=_has_symbol("tcp_bpf_ioctl"),
+        counts_redirected=counts,
         memory_pages=_memory_limit(),
+        buffer_most=_buffer_limit(),
         recv_wake=_symbol("woken_wake_function"),
         poll_wake=_symbol("pollwake"),
         epoll_wake=_symbol("ep_poll_callback"),
         recv_code=(abi.u64 * (2 * len(_RECV)))(*(edge for name in _RECV for edge in _code(name))),
+        asks_late=(abi.u64 * 8)(*(number for name in late for number in _beginning(name))),
         observe_ns=0 if settings.admit_unknown else round(settings.observe_seconds * 1e9),
         calls=abi.Calls(*_CALLS[machine]),
     )
@@ -101,6 +110,17 @@ def _memory_limit() -> int:
     return int(Path("/proc/sys/net/ipv4/tcp_mem").read_text().split()[1])
 
 
+def _buffer_limit() -> int:
+    """The largest send buffer that may be asked for, in bytes (``net.core.wmem_max``).
+
+    Older kernels say so in the first network namespace alone; elsewhere their default is taken.
+    """
+    try:
+        return int(Path("/proc/sys/net/core/wmem_max").read_text())
+    except FileNotFoundError:
+        return 212992
+
+
 #: Functions that a sleeping reader returns to: three of native TCP, then those around ours.
 _RECV = (
     *("tcp_recvmsg_locked", "tcp_recvmsg", "tcp_splice_read"),
@@ -121,6 +141,13 @@ def _symbols() -> dict[str, tuple[int, int]]:
     at = sorted({address for address, _ in every})
     found = {name: address for address, name in every if name in wanted}
     return {name: (n, at[min(bisect(at, n), len(at) - 1)]) for name, n in found.items()}
+
+
+def _beginning(name: bytes) -> tuple[int, int]:
+    """The first eight bytes of such a name as a number, and which of its bits count."""
+    ends = (name.ljust(8, b"\0"), b"\xff" * len(name) + b"\0" * (8 - len(name)))
+    number, mask = (int.from_bytes(end, sys.byteorder) for end in ends)
+    return number, mask
 
 
 def _code(name: str) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import struct
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -94,9 +95,11 @@ def id_of(key: int) -> str:
     return f"{key:016x}"
 
 
-def asks_late(name: bytes) -> bool:
+def asks_late(name: bytes, knobs: abi.Knobs) -> bool:
     """Known to ask FIONREAD, and when it is too late; mirrors ``asks_late()`` of ``guard.h``."""
-    return name in (b"nginx", b"angie") or name.startswith((b"openrest", b"stunnel"))
+    first = int.from_bytes(name[:8].ljust(8, b"\0"), sys.byteorder)
+    late = iter(knobs.asks_late)
+    return any(bits and first & bits == word for word, bits in zip(late, late, strict=True))
 
 
 def name_of(program: abi.Program) -> str:
@@ -107,7 +110,7 @@ def name_of(program: abi.Program) -> str:
 def describe(key: int, found: abi.Program, knobs: abi.Knobs) -> Program:
     """What `guard list` shows of an element of the map `programs`; mirrors ``admitted()``."""
     signs = Sign(found.signs & sum(Sign))
-    if not knobs.counts_redirected and asks_late(found.name):
+    if asks_late(found.name, knobs):
         signs |= Sign.FIONREAD
     ruled = _RULED.get(Rule(found.rule & 3))
     admitted = "admitted" if found.active_ns >= knobs.observe_ns else "watched"

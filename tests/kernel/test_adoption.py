@@ -139,13 +139,18 @@ def _buffer_over_budget(near: Remote, far: Remote) -> int:
     return size
 
 
-def test_who_comes_back_is_held_tightly_again(bed: Bed, plane: MakePlane) -> None:
+@pytest.mark.parametrize("again", [False, True], ids=["left", "down and up"])
+def test_who_comes_back_is_held_tightly_again(bed: Bed, plane: MakePlane, *, again: bool) -> None:
     """Claim: the size that we gave a send buffer is not taken for the program's own later."""
     underpass = plane(replace(SMALL, budget_bytes=MIB))
     near, far = couple(bed.worker("client"), bed.worker("server"), ADDRESS)
     exchange(near, far, 1)
     first = _buffer_over_budget(near, far)
-    _leaves_by_streaming(underpass, near, far)
+    if again:
+        assert dataplane.down(bed.pins) == []
+        plane(replace(SMALL, budget_bytes=MIB))
+    else:
+        _leaves_by_streaming(underpass, near, far)
     wait_until(
         lambda: reasons(adoption.adopt(bed.pins, first_wait=0)) == ["shortcut"], "it comes back"
     )

@@ -119,10 +119,13 @@ def test_up_again_while_it_drains(bed: Bed, plane: MakePlane) -> None:
     plane()
     near, far = couple(bed.worker("client"), bed.worker("server"), (SERVER4, 8080))
     exchange(near, far, 1)
+    couple(near.worker, far.worker, (SERVER4, 8082))  # says nothing before it is taken out
     near.send(1, 100 * KIB)
     assert len(dataplane.down(bed.pins, timeout=0.2)) == 1
+    exchange(*couple(near.worker, far.worker, (SERVER4, 8083)), 1)
     underpass = plane()
     assert underpass.state == "active"
+    assert not any(underpass.leftovers().values())
     far.receive(1, 100 * KIB)
     exchange(near, far, 1)
     before = underpass.counters()

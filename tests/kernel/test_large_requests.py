@@ -24,6 +24,7 @@ REQUEST = 3_000_000
 SETTINGS = replace(UNGUARDED, budget_bytes=MIB)
 ANSWER = b"a" * 100
 SHORT = 1000
+SO_SNDBUFFORCE = 32
 
 
 def _ask(number: int, rounds: int, size: int) -> int:
@@ -115,9 +116,37 @@ def test_a_client_with_the_largest_buffer_leaves(
     assert underpass.counters().refused_total["send-room"] == 1
 
 
+@pytest.mark.parametrize("address", [SERVER4, LOOPBACK], ids=["veth", "loopback"])
+def test_a_client_with_little_unsent_waits(bed: Bed, plane: MakePlane, address: str) -> None:
+    """Claim: nor where room depends on what is unsent, too (TCP_NOTSENT_LOWAT); that stays."""
+    underpass = plane(SETTINGS)
+    near, far = _coupled(bed, address)
+    near.set_option(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MIB)
+    near.send(1, SHORT)
+    far.receive(1, SHORT)
+    underpass.set_paused(True)
+    assert _rounds_without(near, far, 100) == 100
+    assert underpass.counters().refused_total["send-room"] == 0
+
+
+def test_a_forced_size_stays(bed: Bed, plane: MakePlane) -> None:
+    """Claim: a buffer larger than anybody may ask for is not made smaller (SO_SNDBUFFORCE)."""
+    underpass = plane(SETTINGS)
+    near, far = _coupled(bed, SERVER4)
+    near.set_option(socket.SOL_SOCKET, SO_SNDBUFFORCE, 2 * _most_set())
+    near.send(1, SHORT)
+    far.receive(1, SHORT)
+    underpass.set_paused(True)
+    answering = far.worker.submit(_answer, far.number, 5, 32_000_000)
+    asked = near.worker.submit(_ask, near.number, 5, 32_000_000)
+    assert asked.result(patient(60)) == 5
+    answering.result(patient(40))
+    assert near.option(socket.SOL_SOCKET, socket.SO_SNDBUF) == 4 * _most_set()
+
+
 def _size_while_narrow(near: Remote, far: Remote, message: int = 65536) -> int:
     """Fill what may wait and more, so that TCP holds the sender; the size of its send buffer."""
-    for _ in range(20):
+    for _ in range(fewer(20)):  # within a spell
         near.fill(1, message, 64 * MIB, 0.1)
         far.receive(1, message)
     return near.option(socket.SOL_SOCKET, socket.SO_SNDBUF)
@@ -149,8 +178,8 @@ def test_a_buffer_is_no_wider_than_tcp_would_make_it(bed: Bed, plane: MakePlane)
     far.receive(1, SHORT)
     narrow = _size_while_narrow(near, far)
     underpass.set_paused(True)
-    for _ in range(20):
-        near.send(3, SHORT)
+    for sent in range(SHORT, 21 * SHORT, SHORT):
+        assert near.fill(3, SHORT, sent) == sent
         far.receive(3, SHORT)
     most = int(near.worker.call(_most_buffer))
     assert narrow < near.option(socket.SOL_SOCKET, socket.SO_SNDBUF) <= most
@@ -167,7 +196,7 @@ def _most_set() -> int:
 
 def _most_narrow() -> int:
     """The largest that it has in the map: a third less, and less by a segment (`resize`)."""
-    return 2 * (min(2 * _most_set(), 8 * MIB) // 3 - 40960 | 1)
+    return 2 * (min(_most_set(), 4 * MIB) // 3 * 2 - 40960 | 1)
 
 
 def test_twin_that_rouses_readers(bed: Bed, plane: MakePlane) -> None:

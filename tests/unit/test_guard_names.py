@@ -1,0 +1,49 @@
+"""Programs that the guard knows by their names, where FIONREAD miscounts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from underpass import abi, knobs, namespaces, programs
+from underpass.model import Fault, Settings
+
+NAMES = [
+    b"nginx",
+    b"nginx-debug",
+    b"angie",
+    b"openresty",
+    b"openrest",
+    b"stunnel",
+    b"stunnel4",
+    b"stunnel5",
+]
+OTHERS = [b"angi", b"my-nginx", b"redis-server", b"stunne", b""]
+
+
+def _made(monkeypatch: pytest.MonkeyPatch, faults: Fault = Fault(0), *, counts: bool) -> abi.Knobs:
+    monkeypatch.setattr(knobs, "_has_symbol", lambda _: counts)
+    monkeypatch.setattr(namespaces, "cgroup_id_and_level", lambda _: (1, 1))
+    about = knobs.about(Path("/"), Settings(), faults, fionread_broken=False)
+    return cast("abi.Knobs", about.knobs)
+
+
+def _kept_out(name: bytes, made: abi.Knobs) -> bool:
+    return "fionread" in programs.describe(1, abi.Program(name=name), made).signs
+
+
+def test_they_are_kept_out_where_it_miscounts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: by their names as they begin, others not."""
+    made = _made(monkeypatch, counts=False)
+    assert [name for name in (*NAMES, *OTHERS) if _kept_out(name, made)] == NAMES
+
+
+@pytest.mark.parametrize(("faults", "counts"), [(Fault(0), True), (Fault.MISCOUNTED, False)])
+def test_nobody_is_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, faults: Fault, *, counts: bool
+) -> None:
+    """Claim: where it counts, and in the twin, a name says nothing."""
+    made = _made(monkeypatch, faults, counts=counts)
+    assert not any(_kept_out(name, made) for name in NAMES)
