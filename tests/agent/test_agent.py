@@ -238,13 +238,19 @@ def _passes(running: Agent) -> float:
     return running.metrics()["underpass_adoption_passes_total"][()]
 
 
-def test_it_talks_to_systemd(bed: Bed, agent: StartAgent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: READY once it is live, WATCHDOG while it turns, RELOADING and READY, STOPPING."""
+def _systemd(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> Systemd:
+    """What an agent that is started from now on tells of itself."""
     # the names of sockets are short
     address = Path(bed.undo.enter_context(tempfile.TemporaryDirectory()), "notify")
     manager = Systemd(address)
     bed.undo.callback(manager.close)
     monkeypatch.setenv("NOTIFY_SOCKET", str(address))
+    return manager
+
+
+def test_it_talks_to_systemd(bed: Bed, agent: StartAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: READY once it is live, WATCHDOG while it turns, RELOADING and READY, STOPPING."""
+    manager = _systemd(bed, monkeypatch)
     monkeypatch.setenv("WATCHDOG_USEC", "3000000")
     running: Agent = agent()
     manager.wait("READY=1")
@@ -269,8 +275,11 @@ def test_usage_errors_end_it_at_once(bed: Bed, agent: StartAgent) -> None:
     assert not place(bed.pins).exists()
 
 
-def test_it_ends_while_its_work_waits(bed: Bed, agent: StartAgent) -> None:
+def test_it_ends_while_its_work_waits(
+    bed: Bed, agent: StartAgent, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Claim: told to end while it waits for another command's lock, it does not wait for that."""
+    manager = _systemd(bed, monkeypatch)
     underpass(bed.pins, "up", "--admit-unknown", "--cgroup", bed.cgroup).ok()
     near, far = _pair(bed)
     running = agent(top="capacity = 1000", check="0.1")
@@ -281,6 +290,7 @@ def test_it_ends_while_its_work_waits(bed: Bed, agent: StartAgent) -> None:
         wait_until(lambda: _stands(running), "its loop stands")
         assert running.end() == 0
         assert running.wait("stopped")["late"] is True
+        manager.wait("STOPPING=1")
         assert not place(bed.pins).exists()
     assert pinned(bed.pins)
     agent(top="capacity = 1000").wait("running")

@@ -206,6 +206,7 @@ class Agent:
                     self._turn()
                 return self._leave()
             except Late:
+                self.notifier.stopping(5)
                 self.journal.say("stopped", data_plane="goes on", late=True)
                 self._end_children()
                 self.late = True
