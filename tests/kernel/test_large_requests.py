@@ -118,7 +118,7 @@ def test_a_client_with_the_largest_buffer_leaves(
 
 @pytest.mark.parametrize("address", [SERVER4, LOOPBACK], ids=["veth", "loopback"])
 def test_a_client_with_little_unsent_waits(bed: Bed, plane: MakePlane, address: str) -> None:
-    """Claim: nor where room depends on what is unsent, too (TCP_NOTSENT_LOWAT); that stays."""
+    """Claim: nor where room depends on what is unsent, too (TCP_NOTSENT_LOWAT)."""
     underpass = plane(SETTINGS)
     near, far = _coupled(bed, address)
     near.set_option(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MIB)
