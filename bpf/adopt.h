@@ -42,12 +42,6 @@ static __always_inline __u32 received_from(const struct tcp_sock *tp)
 	return tp->rcv_nxt - (__u32)tp->bytes_received;
 }
 
-/* In our map, in another's, or used by the kernel itself. */
-static __always_inline bool taken(const struct sock *sk)
-{
-	return READ(sk, sk_user_data) != 0;
-}
-
 static __always_inline void standing(struct bpf_iter__tcp *ctx)
 {
 	struct sock_common *skc = ctx->sk_common;

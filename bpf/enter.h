@@ -140,7 +140,7 @@ static __always_inline struct endpoint *enter(struct bpf_sock_ops *ctx, __u8 rol
 		return 0;
 	}
 	/* A message to the connection that this socket had before is still under way, or another holds it. */
-	if (tp && psock_of((const struct sock *)tp)) {
+	if (tp && taken((const struct sock *)tp)) {
 		*why = ep->reason = UP_SOCKET_BUSY;
 		return 0;
 	}
@@ -170,7 +170,7 @@ static __always_inline void keep_out(struct bpf_sock_ops *ctx, __u64 program, en
 	if (!ep)
 		return;
 	ep->reason = reason;
-	ep->observed = admitted(program) == UP_OBSERVED;
+	ep->observed = reason != UP_KERNEL_SOCKET && admitted(program) == UP_OBSERVED;
 	if (ep->observed)
 		bpf_sock_ops_cb_flags_set(ctx, CTX(bpf_sock_ops_cb_flags) | BUILD_FLAG);
 }

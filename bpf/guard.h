@@ -66,28 +66,31 @@ static __always_inline bool miscounts(void)
 	return !knobs.counts_redirected && !fault(UP_FAULT_MISCOUNTED);
 }
 
-/* Does it ask FIONREAD only when a read has filled its buffer, and wait for an event if told of nothing more? Where that does
- * not count redirected bytes (before 929e30f93125) such a program must not come so far, and nothing smaller gives it away
- * while it is watched. By the names of those that are known. */
-static __always_inline bool asks_late(const struct up_program *p)
+/* The signs that a program of this name would show too late; which they are says knobs.py. */
+static __always_inline __u32 known_signs(const struct up_program *p)
 {
 	__u64 first = *(const __u64 *)p->name;
-	bool named = false;
+	__u32 signs = 0;
 	int i;
 
-	for (i = 0; i < UP_LATE_NAMES; i++)
-		if (knobs.asks_late[2 * i + 1] && (first & knobs.asks_late[2 * i + 1]) == knobs.asks_late[2 * i])
-			named = true;
-	return named;
+	for (i = 0; i < UP_KNOWN_NAMES; i++)
+		if (knobs.known[i].bits && (first & knobs.known[i].bits) == knobs.known[i].name)
+			signs |= knobs.known[i].signs;
+	return signs;
 }
 
 /* May its connections take the shortcut? UP_SHORTCUT, UP_OBSERVED or UP_GUARDED. One that had to make
- * room in the list waits until it is met again: there may be a rule for it. */
+ * room in the list waits until it is met again: there may be a rule for it. No rule allows what the kernel would answer
+ * with a socket that it never closes. */
 static __always_inline enum up_reason verdict_on(__u64 program, const struct up_program *p)
 {
+	__u32 signs = p ? p->signs | known_signs(p) : 0;
+
+	if (signs & UP_SIGN_IN_KERNEL)
+		return UP_GUARDED;
 	if (p && p->rule == UP_ALLOW)
 		return UP_SHORTCUT;
-	if (p && (p->signs || p->rule == UP_DENY || asks_late(p)))
+	if (p && (signs || p->rule == UP_DENY))
 		return UP_GUARDED;
 	if (program && !p)
 		return UP_OBSERVED;
@@ -170,8 +173,11 @@ static __always_inline void note_sign(__u64 program, __u32 sign)
 /* What the state of a socket says about its program. */
 static __always_inline __u32 signs_of(const struct tcp_sock *tp)
 {
+	__u64 data = (__u64)READER_SOCK(tp).sk_user_data;
 	__u32 signs = READER_SOCK(tp).sk_rcvlowat > 1 ? UP_SIGN_RCVLOWAT : 0;
 
+	if (data && !(data & PSOCK_TAG) && !fault(UP_FAULT_KERNEL_ENDS))
+		signs |= UP_SIGN_IN_KERNEL; /* a callback of the kernel's reads it (iscsi_sw_tcp_conn_set_callbacks) */
 	if (tp->inet_conn.icsk_ulp_ops)
 		signs |= UP_SIGN_ULP;
 	return uses_error_queue(tp) ? signs | UP_SIGN_ZEROCOPY : signs;

@@ -96,7 +96,7 @@ static __noinline void on_client(struct bpf_sock_ops *ctx)
 	program = caller_of(bpf_get_socket_cookie(ctx));
 	shake.client_program = program;
 	tp = bpf_skc_to_tcp_sock(sk);
-	why = welcome(program, (__u64)tp, UP_CLIENT, &shake.epoch);
+	why = tp && kernels_own((const struct sock *)tp) ? UP_KERNEL_SOCKET : welcome(program, (__u64)tp, UP_CLIENT, &shake.epoch);
 	if (why != UP_SHORTCUT) {
 		keep_out(ctx, program, why);
 		shake.refused = why;
@@ -192,6 +192,8 @@ static __always_inline enum up_reason pair_server(struct bpf_sock_ops *ctx)
 		}
 	}
 	why = welcome(program, fault(UP_FAULT_ONE_END) ? 0 : (__u64)bpf_skc_to_tcp_sock(sk), UP_SERVER, &epoch);
+	if (shake->listener && kernels_own((const struct sock *)shake->listener))
+		why = UP_KERNEL_SOCKET;
 	if (why == UP_SHORTCUT && elsewhere && !sure_to_serve(owner)) /* acceptor() would ask at this end */
 		why = UP_OBSERVED;
 	if (why != UP_SHORTCUT) {
@@ -248,7 +250,7 @@ static __noinline void on_server(struct bpf_sock_ops *ctx)
 static __always_inline enum up_reason refusal(__u32 of_server)
 {
 	return of_server == UP_OBSERVED || of_server == UP_GUARDED || of_server == UP_SMALL_STREAM ||
-			       of_server == UP_POLICY
+			       of_server == UP_POLICY || of_server == UP_KERNEL_SOCKET
 		       ? of_server
 		       : UP_PEER_REFUSED;
 }

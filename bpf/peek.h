@@ -55,9 +55,34 @@ static __always_inline void look(__u64 sock, struct reader *r)
 	r->leaving &= LEAVING_FLAG;
 }
 
+#define PSOCK_TAG 4ull /* SK_USER_DATA_PSOCK */
+
+/* What makes it a socket of a map; 0 = it is in none. */
 static __always_inline const struct sk_psock *psock_of(const struct sock *sk)
 {
-	return (const void *)((__u64)READ(sk, sk_user_data) & ~7ull);
+	__u64 data = (__u64)READ(sk, sk_user_data);
+
+	return (const void *)(data & PSOCK_TAG ? data & ~7ull : 0);
+}
+
+/* In our map, in another's, or used by the kernel itself. */
+static __always_inline bool taken(const struct sock *sk)
+{
+	return READ(sk, sk_user_data) != 0;
+}
+
+/* Has the kernel made this socket for itself, as NFS, CIFS and NVMe over TCP do? Then no program has a file of it. (Before
+ * 6.3 nobody has one of MPTCP's, either; what such a listener accepts from plain TCP is as any other.) */
+static __always_inline bool kernels_own(const struct sock *sk)
+{
+	const struct tcp_sock *tp = (const void *)sk;
+	const struct socket *socket = READ(sk, sk_socket);
+
+	if (!socket || fault(UP_FAULT_KERNEL_ENDS))
+		return false;
+	if (bpf_core_field_exists(tp->is_mptcp) && BPF_CORE_READ_BITFIELD_PROBED(tp, is_mptcp))
+		return false;
+	return !READ(socket, file);
 }
 
 /* Do redirected bytes wait for this socket's reader? */

@@ -4,7 +4,7 @@
 #ifndef UNDERPASS_H
 #define UNDERPASS_H
 
-#define UP_ABI 9
+#define UP_ABI 10
 
 /* Why a message took its path, or why a connection did not become a pair.
  * The metric labels, the CLI's words and the docs come from this one list: name, word. */
@@ -50,7 +50,8 @@
 	X(POLICY, "policy")                       /* the policy keeps one of the ends on TCP */           \
 	X(READER_BUSY, "reader-busy")             /* a thread holds the reader's socket for long */       \
 	X(CGROUP_MEMORY, "cgroup-memory")         /* the reader's cgroup is near its memory limit */      \
-	X(SEND_ROOM, "send-room")                 /* left: in its large send buffer too much waits, by TCP */
+	X(SEND_ROOM, "send-room")                 /* left: in its large send buffer too much waits, by TCP */ \
+	X(KERNEL_SOCKET, "kernel-socket")         /* the kernel itself has one of the ends */
 
 enum up_reason {
 #define X(name, word) UP_##name,
@@ -87,6 +88,7 @@ enum up_fault {
 	UP_FAULT_EARLY_ACK = 1 << 23,   /* late: wake a sleeping reader as its FIN is acknowledged */
 	UP_FAULT_EARLY_RESET = 1 << 24, /* late: answer bytes with a reset while the end is kept from their sender */
 	UP_FAULT_MISCOUNTED = 1 << 25,  /* guard: let programs in that ask FIONREAD, where it does not count */
+	UP_FAULT_KERNEL_ENDS = 1 << 26, /* guard: let sockets in that the kernel uses, or is about to */
 };
 
 /* What a program was seen to use that the shortcut cannot serve: name, bit, word. */
@@ -99,7 +101,8 @@ enum up_fault {
 	X(RCVLOWAT, 5, "so-rcvlowat")     /* above 1 */                                                   \
 	X(ULP, 6, "tcp-ulp")              /* kTLS and other upper layer protocols */                      \
 	X(MPTCP, 7, "mptcp")                                                                               \
-	X(FIONREAD, 8, "fionread")        /* where it does not count what is redirected */
+	X(FIONREAD, 8, "fionread")        /* where it does not count what is redirected */                 \
+	X(IN_KERNEL, 9, "in-kernel")      /* hands its sockets to the kernel, as iSCSI does */
 
 enum up_sign {
 #define X(name, bit, word) UP_SIGN_##name = 1 << (bit),
@@ -124,7 +127,7 @@ enum up_role { UP_CLIENT = 1, UP_SERVER = 2 };
 /* Of `recv_code`: the first parts are native recv's, the others those that call ours. */
 #define UP_RECV_PARTS 7
 #define UP_RECV_NATIVE 3
-#define UP_LATE_NAMES 4
+#define UP_KNOWN_NAMES 8
 
 /* The one element of map `.rodata.knobs`: set before load, then constant. The verifier removes what
  * they switch off. */
@@ -146,7 +149,10 @@ struct up_knobs {
 	__u64 poll_wake;        /* address of pollwake, 0 = unknown */
 	__u64 epoll_wake;       /* address of ep_poll_callback, 0 = unknown */
 	__u64 recv_code[2 * UP_RECV_PARTS]; /* where functions begin and end that a reader returns to; 0 = unknown */
-	__u64 asks_late[2 * UP_LATE_NAMES]; /* how names of programs begin that ask FIONREAD too late, and which bits count; 0 = none */
+	struct up_known {       /* programs that the guard knows before they show what they do */
+		__u64 name, bits; /* how its name begins, and which bits of that count; 0 = none */
+		__u64 signs;      /* enum up_sign */
+	} known[UP_KNOWN_NAMES];
 	__u64 observe_ns;       /* how long a program must have run before it is admitted, 0 = at once */
 	struct up_calls {       /* this architecture's numbers of the system calls that are watched */
 		__u32 splice, recvfrom, recvmsg, recvmmsg, sendto, sendmsg, sendmmsg, getsockopt;

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from underpass.model import Reason, Small
 
-ABI = 9
+ABI = 10
 REASONS = len(Reason)
 
 u8, u32, u64 = ctypes.c_uint8, ctypes.c_uint32, ctypes.c_uint64
@@ -31,6 +31,12 @@ class Calls(ctypes.Structure):
             "setsockopt", "poll", "ppoll", "epoll_ctl", "pad",
         )
     ]  # fmt: skip
+
+
+class Known(ctypes.Structure):
+    """``struct up_known``."""
+
+    _fields_ = [("name", u64), ("bits", u64), ("signs", u64)]
 
 
 class Knobs(ctypes.Structure):
@@ -54,7 +60,7 @@ class Knobs(ctypes.Structure):
         ("poll_wake", u64),
         ("epoll_wake", u64),
         ("recv_code", u64 * 14),
-        ("asks_late", u64 * 8),
+        ("known", Known * 8),
         ("observe_ns", u64),
         ("calls", Calls),
     ]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from underpass import __version__, abi, namespaces
 from underpass.errors import Unsupported
-from underpass.model import Fault, Settings, Small
+from underpass.model import Fault, Settings, Sign, Small
 
 #: Numbers of the system calls that tell of a program, by machine: the fields of `abi.Calls`.
 _CALLS = {
@@ -22,6 +22,9 @@ _CALLS = {
 #: How the names of programs begin that ask FIONREAD only when a read has filled their buffer, and
 #: then wait for an event if it counts nothing more.
 _ASK_LATE = (b"nginx", b"angie", b"openrest", b"stunnel")
+
+#: How the names of programs begin that connect, and then hand the socket to the kernel.
+_HAND_TO_KERNEL = (b"iscsid", b"iscsista", b"nbd-clie", b"usbip")
 
 
 def about(
@@ -48,6 +51,9 @@ def about(
         grants *= 2
     counts = _has_symbol("tcp_bpf_ioctl")
     late = () if counts or faults & Fault.MISCOUNTED else _ASK_LATE
+    kernel = () if faults & Fault.KERNEL_ENDS else _HAND_TO_KERNEL
+    known = [_known(name, Sign.FIONREAD) for name in late]
+    known += [_known(name, Sign.IN_KERNEL) for name in kernel]
     knobs = abi.Knobs(
         faults=faults,
         cgroup_level=level,
@@ -66,7 +72,7 @@ def about(
         poll_wake=_symbol("pollwake"),
         epoll_wake=_symbol("ep_poll_callback"),
         recv_code=(abi.u64 * (2 * len(_RECV)))(*(edge for name in _RECV for edge in _code(name))),
-        asks_late=(abi.u64 * 8)(*(number for name in late for number in _beginning(name))),
+        known=(abi.Known * 8)(*known),
         observe_ns=0 if settings.admit_unknown else round(settings.observe_seconds * 1e9),
         calls=abi.Calls(*_CALLS[machine]),
     )
@@ -143,11 +149,11 @@ def _symbols() -> dict[str, tuple[int, int]]:
     return {name: (n, at[min(bisect(at, n), len(at) - 1)]) for name, n in found.items()}
 
 
-def _beginning(name: bytes) -> tuple[int, int]:
-    """The first eight bytes of such a name as a number, and which of its bits count."""
+def _known(name: bytes, signs: Sign) -> abi.Known:
+    """Programs whose names begin so: its bytes as a number, and which bits of that count."""
     ends = (name.ljust(8, b"\0"), b"\xff" * len(name) + b"\0" * (8 - len(name)))
-    number, mask = (int.from_bytes(end, sys.byteorder) for end in ends)
-    return number, mask
+    number, bits = (int.from_bytes(end, sys.byteorder) for end in ends)
+    return abi.Known(number, bits, signs)
 
 
 def _code(name: str) -> tuple[int, int]:

@@ -85,6 +85,7 @@ class Reason(enum.IntEnum):
         "send-room",
         "it left: its program set a large send buffer, in which more waited than is safe",
     )
+    KERNEL_SOCKET = 42, "kernel-socket", "the kernel itself has an end, as of NFS or NVMe over TCP"
 
 
 #: Every reason, by its number.
@@ -92,7 +93,7 @@ REASONS = tuple(Reason)
 #: Reasons that refuse a whole connection; the others are given message by message.
 REFUSALS = (
     *(r for r in REASONS if Reason.NOT_LOCAL <= r < Reason.LEAVING),
-    *(Reason.POLICY, Reason.SEND_ROOM),
+    *(Reason.POLICY, Reason.SEND_ROOM, Reason.KERNEL_SOCKET),
 )
 #: Reasons for which a message goes by TCP.
 TCP_REASONS = (
@@ -130,6 +131,7 @@ class Fault(enum.IntFlag):
     EARLY_ACK = 1 << 23
     EARLY_RESET = 1 << 24
     MISCOUNTED = 1 << 25
+    KERNEL_ENDS = 1 << 26
 
 
 class Sign(enum.IntFlag):
@@ -144,6 +146,7 @@ class Sign(enum.IntFlag):
     ULP = 1 << 6
     MPTCP = 1 << 7
     FIONREAD = 1 << 8
+    IN_KERNEL = 1 << 9
 
     @property
     def words(self) -> list[str]:
@@ -161,6 +164,7 @@ _SIGN_WORDS = {
     Sign.ULP: "tcp-ulp",
     Sign.MPTCP: "mptcp",
     Sign.FIONREAD: "fionread",
+    Sign.IN_KERNEL: "in-kernel",
 }
 
 

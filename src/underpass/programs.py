@@ -95,11 +95,14 @@ def id_of(key: int) -> str:
     return f"{key:016x}"
 
 
-def asks_late(name: bytes, knobs: abi.Knobs) -> bool:
-    """Known to ask FIONREAD, and when it is too late; mirrors ``asks_late()`` of ``guard.h``."""
+def known_signs(name: bytes, knobs: abi.Knobs) -> Sign:
+    """What a program of this name would show too late; mirrors ``known_signs()`` of ``guard.h``."""
     first = int.from_bytes(name[:8].ljust(8, b"\0"), sys.byteorder)
-    late = iter(knobs.asks_late)
-    return any(bits and first & bits == word for word, bits in zip(late, late, strict=True))
+    found = Sign(0)
+    for known in knobs.known:
+        if known.bits and first & known.bits == known.name:
+            found |= Sign(known.signs)
+    return found
 
 
 def name_of(program: abi.Program) -> str:
@@ -109,10 +112,9 @@ def name_of(program: abi.Program) -> str:
 
 def describe(key: int, found: abi.Program, knobs: abi.Knobs) -> Program:
     """What `guard list` shows of an element of the map `programs`; mirrors ``admitted()``."""
-    signs = Sign(found.signs & sum(Sign))
-    if asks_late(found.name, knobs):
-        signs |= Sign.FIONREAD
-    ruled = _RULED.get(Rule(found.rule & 3))
+    signs = Sign(found.signs & sum(Sign)) | known_signs(found.name, knobs)
+    rule = Rule(found.rule & 3)
+    ruled = None if rule is Rule.ALLOW and Sign.IN_KERNEL in signs else _RULED.get(rule)
     admitted = "admitted" if found.active_ns >= knobs.observe_ns else "watched"
     return Program(
         id=id_of(key),

@@ -1,4 +1,4 @@
-"""Programs that the guard knows by their names, where FIONREAD miscounts."""
+"""Programs that the guard knows by their names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import cast
 import pytest
 
 from underpass import abi, knobs, namespaces, programs
-from underpass.model import Fault, Settings
+from underpass.model import Fault, Rule, Settings
 
 NAMES = [
     b"nginx",
@@ -47,3 +47,14 @@ def test_nobody_is_elsewhere(
     """Claim: where it counts, and in the twin, a name says nothing."""
     made = _made(monkeypatch, faults, counts=counts)
     assert not any(_kept_out(name, made) for name in NAMES)
+
+
+def test_who_hands_sockets_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: initiators are kept out by their names on every kernel, whatever a rule says."""
+    made = _made(monkeypatch, counts=True)
+    ends = [b"iscsid", b"iscsistart", b"nbd-client", b"usbip", b"usbipd"]
+    ruled = [programs.describe(1, abi.Program(name=n, rule=Rule.ALLOW), made) for n in ends]
+    assert [(p.verdict, p.reason) for p in ruled] == [("kept-out", "in-kernel")] * len(ends)
+    others = [b"iscsi", b"tgtd", b"nbd-server", b"nbdkit"]
+    assert not any(programs.known_signs(name, made) for name in others)
+    assert not programs.known_signs(b"iscsid", _made(monkeypatch, Fault.KERNEL_ENDS, counts=True))

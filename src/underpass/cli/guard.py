@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from rich.table import Table
 
 from underpass import dataplane, programs
 from underpass.cli import output
-from underpass.errors import UnderpassError
-from underpass.model import Program, Rule
+from underpass.errors import UnderpassError, Usage
+from underpass.model import Program, Rule, Sign
 
 
 @click.group(short_help="Which programs stay on plain TCP, and why.")
@@ -20,8 +21,8 @@ def guard() -> None:
 
     A program that has not been seen before is watched while it runs (10 s) on plain TCP. One
     that splices from sockets, or uses MSG_WAITALL, MSG_OOB, MSG_TRUNC, MSG_ZEROCOPY, SO_RCVLOWAT
-    above 1, kTLS or MPTCP, is kept out, now and when it is started again. The watching goes on
-    for all.
+    above 1, kTLS or MPTCP, or hands its sockets to the kernel, is kept out, now and when it is
+    started again. The watching goes on for all.
 
     \b
     Verdict of a program   its connections, in `status` and `explain`
@@ -87,11 +88,25 @@ def _apply(pins: Path, name: str, rule: Rule, done: str) -> None:
         output.say(f"{path} is a link to {real}, and that name counts: `{words}`")
 
 
+def _refuse_in_kernel(pins: Path, name: str) -> None:
+    with dataplane.Dataplane.open(pins) as plane:
+        signs = programs.known_signs(os.fsencode(name), plane.about.knobs).words
+        for known in plane.programs():
+            signs += known.signs if name in (known.id, known.name) else []
+    if set(Sign.IN_KERNEL.words) & set(signs):
+        cause = "it hands its sockets to the kernel, which could not close them"
+        raise Usage("allow", name, cause, "leave it on TCP")
+
+
 @guard.command(short_help="Let PROGRAM take the shortcut, whatever it does.")
 @click.argument("program")
 @click.pass_obj
 def allow(pins: Path, program: str) -> None:
-    """Let PROGRAM (a name, or an id of `guard list`) take the shortcut, whatever it does."""
+    """Let PROGRAM (a name, or an id of `guard list`) take the shortcut, whatever it does.
+
+    But not one that hands its sockets to the kernel (in-kernel), which could not close them.
+    """
+    _refuse_in_kernel(pins, program)
     _apply(pins, program, Rule.ALLOW, "allowed")
 
 
