@@ -32,6 +32,7 @@ def _ask(number: int, rounds: int, size: int) -> int:
     client = _SOCKETS[number]
     client.setblocking(True)
     request = bytes(size)
+    unsent = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT)
     for done in range(rounds):
         client.sendall(request)
         left = len(ANSWER)
@@ -40,6 +41,7 @@ def _ask(number: int, rounds: int, size: int) -> int:
                 left -= len(client.recv(left))
             except BlockingIOError:
                 return done
+    assert client.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT) == unsent
     return rounds
 
 
@@ -118,7 +120,7 @@ def test_a_client_with_the_largest_buffer_leaves(
 
 @pytest.mark.parametrize("address", [SERVER4, LOOPBACK], ids=["veth", "loopback"])
 def test_a_client_with_little_unsent_waits(bed: Bed, plane: MakePlane, address: str) -> None:
-    """Claim: nor where room depends on what is unsent, too (TCP_NOTSENT_LOWAT)."""
+    """Claim: nor where room depends on what is unsent, too (TCP_NOTSENT_LOWAT), which stays."""
     underpass = plane(SETTINGS)
     near, far = _coupled(bed, address)
     near.set_option(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MIB)
