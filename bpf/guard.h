@@ -176,8 +176,9 @@ static __always_inline __u32 signs_of(const struct tcp_sock *tp)
 	__u64 data = (__u64)READER_SOCK(tp).sk_user_data;
 	__u32 signs = READER_SOCK(tp).sk_rcvlowat > 1 ? UP_SIGN_RCVLOWAT : 0;
 
-	if (data && !(data & PSOCK_TAG) && !fault(UP_FAULT_KERNEL_ENDS))
-		signs |= UP_SIGN_IN_KERNEL; /* a callback of the kernel's reads it (iscsi_sw_tcp_conn_set_callbacks) */
+	/* A callback of the kernel's reads it (iscsi_sw_tcp_conn_set_callbacks), or a thread of its own (nbd). */
+	if (((data && !(data & PSOCK_TAG)) || SPARES_WAITING(READER_SOCK(tp).sk_allocation)) && !fault(UP_FAULT_KERNEL_ENDS))
+		signs |= UP_SIGN_IN_KERNEL;
 	if (tp->inet_conn.icsk_ulp_ops)
 		signs |= UP_SIGN_ULP;
 	return uses_error_queue(tp) ? signs | UP_SIGN_ZEROCOPY : signs;

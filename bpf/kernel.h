@@ -109,7 +109,7 @@ struct sock {
 	struct socket_wq *sk_wq;
 	struct mem_cgroup *sk_memcg;
 	int sk_rcvlowat, sk_sndbuf, sk_peek_off, sk_write_pending;
-	__u32 sk_tsflags;
+	__u32 sk_tsflags, sk_allocation;
 	__u8 sk_shutdown;
 	__u8 sk_userlocks;
 	__u16 sk_protocol;

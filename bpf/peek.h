@@ -71,8 +71,14 @@ static __always_inline bool taken(const struct sock *sk)
 	return READ(sk, sk_user_data) != 0;
 }
 
-/* Has the kernel made this socket for itself, as NFS, CIFS and NVMe over TCP do? Then no program has a file of it. (Before
- * 6.3 nobody has one of MPTCP's, either; what such a listener accepts from plain TCP is as any other.) */
+#define GFP_KERNEL 0xcc0 /* may wait for memory that has to be written back: what the sockets of programs allocate with */
+
+/* Does the kernel itself use this socket, where it must not wait for its own writing: under a disk or a file system? */
+#define SPARES_WAITING(allocation) (((allocation) & GFP_KERNEL) != GFP_KERNEL)
+
+/* Has the kernel made this socket for itself, as NFS, CIFS and NVMe over TCP do? Then no program has a file of it, or (NVMe since
+ * 6.7) it has one that no program knows. (Before 6.3 nobody has one of MPTCP's, either; what such a listener accepts from
+ * plain TCP is as any other.) */
 static __always_inline bool kernels_own(const struct sock *sk)
 {
 	const struct tcp_sock *tp = (const void *)sk;
@@ -82,7 +88,7 @@ static __always_inline bool kernels_own(const struct sock *sk)
 		return false;
 	if (bpf_core_field_exists(tp->is_mptcp) && BPF_CORE_READ_BITFIELD_PROBED(tp, is_mptcp))
 		return false;
-	return !READ(socket, file);
+	return !READ(socket, file) || SPARES_WAITING(READ(sk, sk_allocation));
 }
 
 /* Do redirected bytes wait for this socket's reader? */
