@@ -161,8 +161,8 @@ static __always_inline struct endpoint *enter(struct bpf_sock_ops *ctx, __u8 rol
 }
 
 /* A proven end stays on TCP for its program's sake: `explain` tells, and while the program is observed,
- * the socket's packets show that it runs. */
-static __always_inline void keep_out(struct bpf_sock_ops *ctx, __u64 program, enum up_reason reason)
+ * the socket's packets show that it runs. Not if it is the kernel's own (`kernels`). */
+static __always_inline void keep_out(struct bpf_sock_ops *ctx, __u64 program, enum up_reason reason, bool kernels)
 {
 	struct bpf_sock *sk = ctx->sk;
 	struct endpoint *ep = sk ? fresh_endpoint(sk, program) : 0;
@@ -170,7 +170,7 @@ static __always_inline void keep_out(struct bpf_sock_ops *ctx, __u64 program, en
 	if (!ep)
 		return;
 	ep->reason = reason;
-	ep->observed = reason != UP_KERNEL_SOCKET && admitted(program) == UP_OBSERVED;
+	ep->observed = !kernels && admitted(program) == UP_OBSERVED;
 	if (ep->observed)
 		bpf_sock_ops_cb_flags_set(ctx, CTX(bpf_sock_ops_cb_flags) | BUILD_FLAG);
 }

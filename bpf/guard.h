@@ -164,20 +164,26 @@ static __always_inline void note_sign(__u64 program, __u32 sign)
 {
 	struct up_program *p = program ? bpf_map_lookup_elem(&programs, &program) : 0;
 
-	if (!p || (p->signs & sign))
+	if (!p || (p->signs & sign) == sign)
 		return;
 	__sync_fetch_and_or(&p->signs, sign);
 	tell();
 }
 
+/* Does a callback of the kernel's read it (iscsi_sw_tcp_conn_set_callbacks), or a thread of its own (nbd)? */
+static __always_inline bool handed_over(const struct tcp_sock *tp)
+{
+	__u64 data = (__u64)READER_SOCK(tp).sk_user_data;
+
+	return ((data && !(data & PSOCK_TAG)) || SPARES_WAITING(READER_SOCK(tp).sk_allocation)) && !fault(UP_FAULT_KERNEL_ENDS);
+}
+
 /* What the state of a socket says about its program. */
 static __always_inline __u32 signs_of(const struct tcp_sock *tp)
 {
-	__u64 data = (__u64)READER_SOCK(tp).sk_user_data;
 	__u32 signs = READER_SOCK(tp).sk_rcvlowat > 1 ? UP_SIGN_RCVLOWAT : 0;
 
-	/* A callback of the kernel's reads it (iscsi_sw_tcp_conn_set_callbacks), or a thread of its own (nbd). */
-	if (((data && !(data & PSOCK_TAG)) || SPARES_WAITING(READER_SOCK(tp).sk_allocation)) && !fault(UP_FAULT_KERNEL_ENDS))
+	if (handed_over(tp))
 		signs |= UP_SIGN_IN_KERNEL;
 	if (tp->inet_conn.icsk_ulp_ops)
 		signs |= UP_SIGN_ULP;

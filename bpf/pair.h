@@ -17,7 +17,7 @@
 /* Its server is on this node, but it is not clear which: `explain` tells. */
 static __noinline int refuse_client(struct bpf_sock_ops *ctx, enum up_reason why)
 {
-	keep_out(ctx, caller_of(bpf_get_socket_cookie(ctx)), why);
+	keep_out(ctx, caller_of(bpf_get_socket_cookie(ctx)), why, false);
 	count_socket(why);
 	return 0;
 }
@@ -64,6 +64,7 @@ static __noinline void on_client(struct bpf_sock_ops *ctx)
 	struct endpoint *ep;
 	struct bpf_sock *sk;
 	struct syn *syn;
+	bool kernels;
 	long error;
 
 	if (draining() || closed()) {
@@ -96,9 +97,10 @@ static __noinline void on_client(struct bpf_sock_ops *ctx)
 	program = caller_of(bpf_get_socket_cookie(ctx));
 	shake.client_program = program;
 	tp = bpf_skc_to_tcp_sock(sk);
-	why = tp && kernels_own((const struct sock *)tp) ? UP_KERNEL_SOCKET : welcome(program, (__u64)tp, UP_CLIENT, &shake.epoch);
+	kernels = tp && kernels_own((const struct sock *)tp);
+	why = kernels ? UP_KERNEL_SOCKET : welcome(program, (__u64)tp, UP_CLIENT, &shake.epoch);
 	if (why != UP_SHORTCUT) {
-		keep_out(ctx, program, why);
+		keep_out(ctx, program, why, kernels);
 		shake.refused = why;
 		shake.outside = 1;
 		bpf_map_update_elem(&handshakes, &key, &shake, BPF_NOEXIST);
@@ -155,7 +157,7 @@ static __always_inline enum up_reason pair_server(struct bpf_sock_ops *ctx)
 	struct endpoint *ep;
 	struct view view = {};
 	struct up_owner *owner;
-	bool elsewhere = false;
+	bool elsewhere = false, kernels;
 	__u64 program, epoch;
 
 	if (!sk)
@@ -174,12 +176,13 @@ static __always_inline enum up_reason pair_server(struct bpf_sock_ops *ctx)
 	}
 	owner = server_of(&view, shake->listener, &elsewhere);
 	program = owner ? owner->program : 0;
+	kernels = shake->listener && kernels_own((const struct sock *)shake->listener);
 	if (!fault(UP_FAULT_ADDRESS_KEYS)) {
 		if (shake->refused) {
 			why = shake->refused;
 			if (shake->outside)
 				bpf_map_delete_elem(&handshakes, &key);
-			keep_out(ctx, program, why);
+			keep_out(ctx, program, why, kernels);
 			return why;
 		}
 		if (shake->ambiguous || shake->server) {
@@ -192,13 +195,13 @@ static __always_inline enum up_reason pair_server(struct bpf_sock_ops *ctx)
 		}
 	}
 	why = welcome(program, fault(UP_FAULT_ONE_END) ? 0 : (__u64)bpf_skc_to_tcp_sock(sk), UP_SERVER, &epoch);
-	if (shake->listener && kernels_own((const struct sock *)shake->listener))
+	if (kernels)
 		why = UP_KERNEL_SOCKET;
 	if (why == UP_SHORTCUT && elsewhere && !sure_to_serve(owner)) /* acceptor() would ask at this end */
 		why = UP_OBSERVED;
 	if (why != UP_SHORTCUT) {
 		shake->refused = why;
-		keep_out(ctx, program, why);
+		keep_out(ctx, program, why, kernels);
 		return why;
 	}
 	ep = enter(ctx, UP_SERVER, program, key, &why);

@@ -76,7 +76,7 @@ static __always_inline bool taken(const struct sock *sk)
 /* Does the kernel itself use this socket, where it must not wait for its own writing: under a disk or a file system? */
 #define SPARES_WAITING(allocation) (((allocation) & GFP_KERNEL) != GFP_KERNEL)
 
-/* Has the kernel made this socket for itself, as NFS, CIFS and NVMe over TCP do? Then no program has a file of it, or (NVMe since
+/* Has the kernel made this socket for itself, as CIFS and NVMe over TCP do? Then no program has a file of it, or (NVMe since
  * 6.7) it has one that no program knows. (Before 6.3 nobody has one of MPTCP's, either; what such a listener accepts from
  * plain TCP is as any other.) */
 static __always_inline bool kernels_own(const struct sock *sk)
@@ -97,7 +97,7 @@ static __always_inline bool has_unread(const struct sock *sk)
 	const struct sk_psock *psock = psock_of(sk);
 	const void *head = (const void *)psock + bpf_core_field_offset(struct sk_psock, ingress_msg);
 
-	return READ(psock, ingress_msg.next) != head;
+	return psock && READ(psock, ingress_msg.next) != head;
 }
 
 /* Threads inside tcp_bpf_sendmsg or tcp_bpf_recvmsg of this socket, asleep or not: each holds a

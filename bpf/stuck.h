@@ -235,6 +235,8 @@ static __noinline void on_packet(struct bpf_sock_ops *ctx)
 			clear_flags(ctx, BUILD_FLAG);
 		return;
 	}
+	if (handed_over(tp)) /* too late for this one; its program does it once */
+		note_sign(ep->program, UP_SIGN_IN_KERNEL);
 	if (!ep->certain && !ep->leave)
 		server_refused(ep); /* a server that speaks first is acknowledged before we say anything */
 	if (!ep->certain && ep->role == UP_SERVER && tp->inet_conn.icsk_inet.sk.sk_socket) {

@@ -127,7 +127,7 @@ enum up_role { UP_CLIENT = 1, UP_SERVER = 2 };
 /* Of `recv_code`: the first parts are native recv's, the others those that call ours. */
 #define UP_RECV_PARTS 7
 #define UP_RECV_NATIVE 3
-#define UP_KNOWN_NAMES 8
+#define UP_KNOWN_NAMES 16
 
 /* The one element of map `.rodata.knobs`: set before load, then constant. The verifier removes what
  * they switch off. */
@@ -156,7 +156,7 @@ struct up_knobs {
 	__u64 observe_ns;       /* how long a program must have run before it is admitted, 0 = at once */
 	struct up_calls {       /* this architecture's numbers of the system calls that are watched */
 		__u32 splice, recvfrom, recvmsg, recvmmsg, sendto, sendmsg, sendmmsg, getsockopt;
-		__u32 accept, accept4, ioctl, setsockopt, poll, ppoll, epoll_ctl, pad; /* ~0 = it has none */
+		__u32 accept, accept4, ioctl, setsockopt, poll, ppoll, epoll_ctl, sendfile; /* ~0 = it has none */
 	} calls;
 };
 

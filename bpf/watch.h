@@ -73,7 +73,7 @@ static __always_inline __u32 signs_of_call(const void *regs, __u64 call)
 		return ACCEPTS;
 	if (call == knobs.calls.setsockopt && SECOND(regs) == SOL_SOCKET && THIRD(regs) == SO_KEEPALIVE)
 		return KEEPS;
-	if (call == knobs.calls.splice)
+	if (call == knobs.calls.splice || call == knobs.calls.sendfile)
 		return UP_SIGN_SPLICE;
 	if (call == knobs.calls.ioctl && (__u32)SECOND(regs) == FIONREAD)
 		return UP_COUNTS << LOOKS_SHIFT | (miscounts() ? UP_SIGN_FIONREAD : 0);
@@ -248,7 +248,8 @@ static __always_inline void watch(const void *regs, __u64 call)
 		return polls(FIRST(regs), SECOND(regs));
 	if (signs == ASKS)
 		return asks(THIRD(regs), FOURTH(regs));
-	sk = tcp_socket(open_file(FIRST(regs)));
+	/* sendfile from a socket into a pipe is a splice; its first descriptor is where the bytes go. */
+	sk = tcp_socket(open_file(call == knobs.calls.sendfile ? SECOND(regs) : FIRST(regs)));
 	if (!sk || !covered(sk))
 		return;
 	if (signs == KEEPS)

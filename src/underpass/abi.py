@@ -28,7 +28,7 @@ class Calls(ctypes.Structure):
         for name in (
             "splice", "recvfrom", "recvmsg", "recvmmsg", "sendto", "sendmsg", "sendmmsg",
             "getsockopt", "accept", "accept4", "ioctl",
-            "setsockopt", "poll", "ppoll", "epoll_ctl", "pad",
+            "setsockopt", "poll", "ppoll", "epoll_ctl", "sendfile",
         )
     ]  # fmt: skip
 
@@ -60,7 +60,7 @@ class Knobs(ctypes.Structure):
         ("poll_wake", u64),
         ("epoll_wake", u64),
         ("recv_code", u64 * 14),
-        ("known", Known * 8),
+        ("known", Known * 16),
         ("observe_ns", u64),
         ("calls", Calls),
     ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import glob
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -251,7 +252,8 @@ def generations(pins: Path) -> list[Path]:
 
 def retired(pins: Path) -> list[Path]:
     """Generations that were replaced and still hold pairs, the oldest first."""
-    found = pins.parent.glob(f"{pins.name}-old-[0-9]*") if pins.parent.is_dir() else ()
+    names = f"{glob.escape(pins.name)}-old-[0-9]*"
+    found = pins.parent.glob(names) if pins.parent.is_dir() else ()
     numbered = [(int(path.name.rpartition("-")[2]), path) for path in found]
     return [path for _, path in sorted(numbered)]
 

@@ -15,16 +15,19 @@ from underpass.model import Fault, Settings, Sign, Small
 
 #: Numbers of the system calls that tell of a program, by machine: the fields of `abi.Calls`.
 _CALLS = {
-    "x86_64": (275, 45, 47, 299, 44, 46, 307, 55, 43, 288, 16, 54, 7, 271, 233, 0),
-    "aarch64": (76, 207, 212, 243, 206, 211, 269, 209, 202, 242, 29, 208, 0xFFFFFFFF, 73, 21, 0),
+    "x86_64": (275, 45, 47, 299, 44, 46, 307, 55, 43, 288, 16, 54, 7, 271, 233, 40),
+    "aarch64": (76, 207, 212, 243, 206, 211, 269, 209, 202, 242, 29, 208, 0xFFFFFFFF, 73, 21, 71),
 }
 
 #: How the names of programs begin that ask FIONREAD only when a read has filled their buffer, and
 #: then wait for an event if it counts nothing more.
 _ASK_LATE = (b"nginx", b"angie", b"openrest", b"stunnel")
 
-#: How the names of programs begin that connect, and then hand the socket to the kernel.
-_HAND_TO_KERNEL = (b"iscsid", b"iscsista", b"nbd-clie", b"usbip")
+#: The same of programs that hand a socket to the kernel: of iSCSI, NBD, USB/IP, OpenVPN.
+_HAND_TO_KERNEL = (
+    *(b"iscsid\0", b"iscsista", b"iscsi-sc", b"nbd-clie"),
+    *(b"usbip\0", b"usbipd\0", b"openvpn\0"),
+)
 
 
 def about(
@@ -72,7 +75,7 @@ def about(
         poll_wake=_symbol("pollwake"),
         epoll_wake=_symbol("ep_poll_callback"),
         recv_code=(abi.u64 * (2 * len(_RECV)))(*(edge for name in _RECV for edge in _code(name))),
-        known=(abi.Known * 8)(*known),
+        known=(abi.Known * 16)(*known),
         observe_ns=0 if settings.admit_unknown else round(settings.observe_seconds * 1e9),
         calls=abi.Calls(*_CALLS[machine]),
     )

@@ -85,7 +85,7 @@ class Reason(enum.IntEnum):
         "send-room",
         "it left: its program set a large send buffer, in which more waited than is safe",
     )
-    KERNEL_SOCKET = 42, "kernel-socket", "the kernel itself has an end, as of NFS or NVMe over TCP"
+    KERNEL_SOCKET = 42, "kernel-socket", "the kernel itself has an end, as of NVMe over TCP"
 
 
 #: Every reason, by its number.

@@ -82,6 +82,16 @@ def _splice(number: int, size: int) -> int:
         os.close(out)
 
 
+def _sendfile(number: int, size: int) -> int:
+    """The same by sendfile."""
+    into, out = os.pipe()
+    try:
+        return os.sendfile(out, number, None, size)
+    finally:
+        os.close(into)
+        os.close(out)
+
+
 def _splice_now(number: int, size: int) -> int:
     """Move what is there, without waiting."""
     into, out = os.pipe()
@@ -204,6 +214,17 @@ def test_signs_keep_a_program_out(bed: Bed, plane: MakePlane, sign: Sign) -> Non
     for _ in range(3):
         assert not _carried(underpass, near, far)
     assert underpass.counters().pairs_total == 0
+
+
+def test_sendfile_from_a_socket_is_a_splice(bed: Bed, plane: MakePlane) -> None:
+    """Claim: sendfile from a socket into a pipe keeps its program out, as splice does."""
+    underpass = plane(SOON, watch=True)
+    near, far = couple(bed.worker("client"), bed.worker("server"), TO)
+    near.send(1, MESSAGE)
+    assert far.worker.call(_sendfile, far.number, MESSAGE) == MESSAGE
+    program = _of(underpass, far.worker)
+    assert (program.verdict, program.signs) == ("kept-out", Sign.SPLICE.words)
+    assert _of(underpass, near.worker).signs == []
 
 
 def _look_for_errors(number: int) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import socket
+import struct
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,11 +22,13 @@ from tests.kernel.remote import couple, exchange, listen
 from tests.kernel.waiting import wait_until
 from underpass.model import Fault, Sign
 from underpass.torture.content import content
+from underpass.torture.patience import patient
 
 TO = (SERVER4, 8080)
 _STREAM = 1
 _NVMET = Path("/sys/kernel/config/nvmet")
 _NAME = "underpass-test"
+_GREETING = 128  # bytes of the first message (ICReq), and of its answer
 _PORT = {"trtype": "tcp", "adrfam": "ipv4", "traddr": "127.0.0.1", "trsvcid": "4420"}
 _CONNECTS = f"""
 import socket
@@ -145,3 +151,38 @@ def test_sockets_of_the_kernel_itself(bed: Bed, plane: MakePlane, fault: Fault) 
             worker.call(_end_nvme, port)
     refused = up.counters().refused_total
     assert (refused["kernel-socket"] >= 4, refused["peer-refused"] > 0) == (not fault, bool(fault))
+
+
+def _answer_nvme() -> None:
+    """In a worker: a target of our own, which answers the first message and then says no more."""
+    listener = socket.create_server((_PORT["traddr"], int(_PORT["trsvcid"])))
+
+    def serve() -> None:
+        with listener, listener.accept()[0] as sock:
+            sock.recv(_GREETING, socket.MSG_PEEK)
+            sock.sendall(
+                struct.pack("<BBBBIHBBI", 1, 0, 128, 0, 128, 0, 0, 0, 1 << 17) + bytes(112)
+            )
+            sock.recv(_GREETING)
+
+    threading.Thread(target=serve, daemon=True).start()
+
+
+def _connect_nvme() -> None:
+    """In a worker: connect to it, in vain."""
+    with contextlib.suppress(OSError), Path("/dev/nvme-fabrics").open("wb", buffering=0) as fabrics:
+        to = f"traddr={_PORT['traddr']},trsvcid={_PORT['trsvcid']}"
+        fabrics.write(f"nqn={_NAME},transport=tcp,{to}".encode())
+
+
+def test_a_host_of_the_kernel_and_a_target_of_ours(bed: Bed, plane: MakePlane) -> None:
+    """Claim: one end of the kernel's is enough for both to stay out, also where it has a file."""
+    initiator.have("nvme-tcp")
+    up = plane()
+    target, host = bed.worker("server"), bed.worker("server")
+    target.call(_answer_nvme)
+    connecting = host.submit(_connect_nvme)
+    wait_until(lambda: up.counters().refused_total["kernel-socket"] >= 2, "both ends are refused")
+    assert (up.counters().pairs_total, up.endpoints()) == (0, [])
+    target.kill()  # its host is told
+    connecting.result(patient(100))

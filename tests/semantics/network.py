@@ -95,17 +95,17 @@ NETWORK.not_run(
     "works",
     (),
     Verdict.GUARDED,
-    "[not run here: `tests/kernel/test_kernel_ends.py` does, on Linux 6.1] the kernel could not "
-    "close it again; iscsid, nbd-client and usbip are known by name, others from what was seen of "
-    "them while they were watched (`in-kernel`)",
+    "[not run here: `tests/kernel/test_kernel_ends.py` does, on Linux 6.1 and 6.12] the kernel "
+    "could not close it again; iscsid, nbd-client, usbip and openvpn are known by name, others "
+    "from what was seen of them while they were watched (`in-kernel`)",
 )
 NETWORK.not_run(
-    "sockets of the kernel itself (NFS, CIFS, NVMe over TCP)",
+    "sockets of the kernel itself (NVMe over TCP, NFS, CIFS)",
     "work",
     (),
     Verdict.GUARDED,
-    "[not run here: `tests/kernel/test_kernel_ends.py` does, on Linux 6.1] both ends stay on TCP "
-    "(`kernel-socket`)",
+    "[not run here: `tests/kernel/test_kernel_ends.py` does with NVMe, on Linux 6.1 and 6.12] both "
+    "ends stay on TCP (`kernel-socket`)",
 )
 NETWORK.not_run(
     "kTLS (`TCP_ULP`)",

@@ -326,6 +326,16 @@ def _splice_from(stage: Stage) -> str:
     return stage.told(lambda: os.splice(server.fileno(), writing, 100))
 
 
+@SPECIAL.guarded(
+    "`sendfile` from the socket into a pipe", "10", GUARD, unguarded="blocks", carries=10
+)
+def _sendfile_from(stage: Stage) -> str:
+    client, server = stage.pair()
+    client.sendall(TEN)
+    _, writing = os.pipe()
+    return stage.told(lambda: os.sendfile(writing, server.fileno(), None, 100))
+
+
 @SPECIAL.guarded("`io_uring` splice from the socket", "10", GUARD, unguarded="blocks", carries=10)
 def _splice_from_by_ring(stage: Stage) -> str:
     client, server = stage.pair()

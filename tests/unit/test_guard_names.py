@@ -52,9 +52,9 @@ def test_nobody_is_elsewhere(
 def test_who_hands_sockets_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Claim: initiators are kept out by their names on every kernel, whatever a rule says."""
     made = _made(monkeypatch, counts=True)
-    ends = [b"iscsid", b"iscsistart", b"nbd-client", b"usbip", b"usbipd"]
+    ends = [b"iscsid", b"iscsistart", b"nbd-client", b"usbip", b"usbipd", b"openvpn"]
     ruled = [programs.describe(1, abi.Program(name=n, rule=Rule.ALLOW), made) for n in ends]
     assert [(p.verdict, p.reason) for p in ruled] == [("kept-out", "in-kernel")] * len(ends)
-    others = [b"iscsi", b"tgtd", b"nbd-server", b"nbdkit"]
+    others = [b"iscsi", b"tgtd", b"nbd-server", b"nbdkit", b"usbip-exporter", b"iscsidx"]
     assert not any(programs.known_signs(name, made) for name in others)
     assert not programs.known_signs(b"iscsid", _made(monkeypatch, Fault.KERNEL_ENDS, counts=True))

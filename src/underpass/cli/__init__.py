@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import signal
@@ -123,6 +124,8 @@ def _run() -> None:
         sys.exit(1)
     except OSError as error:
         output.silence(sys.stdout)
+        if error.errno == errno.ENOSPC and not error.filename:
+            output.fail(f"cannot write what it found: {error.strerror}; make room there", 1)
         output.fail(f"cannot go on: {error}; run `underpass doctor`", 1)
     except MemoryError:
         output.fail("cannot go on: out of memory; give it more, or run it where there is more", 1)

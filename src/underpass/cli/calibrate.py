@@ -30,12 +30,12 @@ _ROADS = {
 
 @click.command("calibrate", short_help="Find out which small streams are faster by TCP here.")
 @path_option
-@click.option("--quick", "effort", flag_value="quick", help="Five seconds; coarser bounds.")
+@click.option("--quick", "effort", flag_value="quick", help="Ten seconds at most; coarser bounds.")
 @click.option(
     "--gently",
     "effort",
     flag_value="gently",
-    help="Three minutes with pauses, for a node at work; ends with the process that started it.",
+    help="Four minutes with pauses, for a node at work; ends with the process that started it.",
 )
 @click.option("--dry-run", is_flag=True, help="Show what is found, keep nothing.")
 @output.json_option
@@ -43,7 +43,7 @@ _ROADS = {
 def calibrate(pins: Path, way: str, effort: str | None, dry_run: bool, as_json: bool) -> None:
     """Find out which streams of small messages are faster by TCP on this node.
 
-    Some forty seconds, in two network namespaces, a cgroup and a generation of its own. The
+    A minute, in two network namespaces, a cgroup and a generation of its own. The
     result is kept in /var/lib/underpass, and used by the next `up` or `upgrade`, by an agent at
     once; `doctor` shows it. Measure while nothing else runs.
     """

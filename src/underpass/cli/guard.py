@@ -89,11 +89,12 @@ def _apply(pins: Path, name: str, rule: Rule, done: str) -> None:
 
 
 def _refuse_in_kernel(pins: Path, name: str) -> None:
+    """Refuse if no program of this name (or id) may ever be let in."""
     with dataplane.Dataplane.open(pins) as plane:
-        signs = programs.known_signs(os.fsencode(name), plane.about.knobs).words
-        for known in plane.programs():
-            signs += known.signs if name in (known.id, known.name) else []
-    if set(Sign.IN_KERNEL.words) & set(signs):
+        by_name = programs.known_signs(os.fsencode(name), plane.about.knobs)
+        found = [set(p.signs) for p in plane.programs() if name in (p.id, p.name)]
+    hands = set(Sign.IN_KERNEL.words)
+    if Sign.IN_KERNEL in by_name or (found and all(hands <= signs for signs in found)):
         cause = "it hands its sockets to the kernel, which could not close them"
         raise Usage("allow", name, cause, "leave it on TCP")
 
