@@ -181,7 +181,7 @@ static __always_inline bool ends_too_early(struct bpf_sock *sk, const struct seg
 {
 	struct endpoint *ep = bpf_sk_storage_get(&endpoints, sk, 0, 0);
 	struct reader r = {};
-	bool redirected, by_tcp, miscounted;
+	bool redirected, by_tcp, miscounted, asks;
 	__u32 looks;
 
 	if (!ep || !ep->role || ep->left || !ep->sock || fault(UP_FAULT_EARLY_FIN))
@@ -200,7 +200,9 @@ static __always_inline bool ends_too_early(struct bpf_sock *sk, const struct seg
 	if (!miscounted && !(redirected && by_tcp))
 		return false;
 	looks = looks_at(ep->program, ep->self.cookie);
-	if (!(miscounted && looks & UP_COUNTS) && !(redirected && by_tcp && told_of_end(ep, &r, looks)))
+	/* Who is told of an end asks how much waits before it believes that (stunnel), perhaps for the first time. */
+	asks = looks & UP_COUNTS || (by_tcp && knobs.fionread_broken && looks & UP_TOLD);
+	if (!(miscounted && asks) && !(redirected && by_tcp && told_of_end(ep, &r, looks)))
 		return false;
 	return held_back(ep);
 }

@@ -94,7 +94,7 @@ static __always_inline bool settled_here(const struct endpoint *ep, const struct
 static __always_inline bool would_miscount(const struct endpoint *ep, const struct tcp_sock *tp)
 {
 	return knobs.fionread_broken && !fault(UP_FAULT_EARLY_FIN) && tp->rcv_nxt - tp->copied_seq > 1 &&
-	       (looks_at(ep->program, ep->self.cookie) & UP_COUNTS) && settled_here(ep, tp);
+	       (looks_at(ep->program, ep->self.cookie) & (UP_COUNTS | UP_TOLD)) && settled_here(ep, tp);
 }
 
 /* The peer's FIN is in; nobody has been woken for it yet (tcp_fin). Its ACK may be 40 ms away. */
