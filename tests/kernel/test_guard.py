@@ -442,3 +442,16 @@ def test_multipath_tcp_is_left_alone(bed: Bed, plane: MakePlane) -> None:
     near.receive(2, MESSAGE)
     assert underpass_.counters().shortcut_messages_total == 0
     assert underpass_.endpoints() == []
+
+
+def test_a_listener_of_multipath_tcp_is_no_sign(bed: Bed, plane: MakePlane) -> None:
+    """Claim: what it accepts from plain TCP is watched and admitted as any other (Go's default)."""
+    bed.within("server", "sysctl", "-qw", "net.mptcp.enabled=1")
+    underpass = plane(SOON, watch=True)
+    client, server = bed.worker("client"), bed.worker("server")
+    listener = listen(server, TO, protocol=IPPROTO_MPTCP)
+    near = connect(client, TO)
+    _run_until_admitted(underpass, near, listener.accept())
+    assert _of(underpass, server).signs == []
+    near = connect(client, TO)
+    assert _carried(underpass, near, listener.accept())
