@@ -193,7 +193,9 @@ static __noinline bool no_room_left(struct bpf_sock_ops *ctx, struct endpoint *e
 	if (bpf_getsockopt(ctx, SOL_TCP, TCP_NOTSENT_LOWAT, &lowat, sizeof(lowat)))
 		return true;
 	bpf_setsockopt(ctx, SOL_TCP, TCP_NOTSENT_LOWAT, &none, sizeof(none)); /* is a third of it free as it is? */
-	if (waits_for_room(sk) && !(own && size > most)) { /* a larger one could not be put back */
+	/* One that TCP sizes stays with it, as long as the next packet may find a third free. */
+	if (waits_for_room(sk) && (sndbuf_locked(sk) || lowat || size > most_in_map()) &&
+	    !(own && size > most)) { /* that could not be put back */
 		bpf_setsockopt(ctx, SOL_SOCKET, SO_SNDBUF, &most, sizeof(most));
 		if (own)
 			bpf_setsockopt(ctx, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size));
