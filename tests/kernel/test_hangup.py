@@ -70,4 +70,5 @@ def test_no_end_is_taken_for_the_last(bed: Bed, plane: MakePlane, fault: Fault) 
     if fault and not bringup.fionread_broken():
         pytest.skip("this kernel counts TCP bytes of sockets in a map")
     plane(SETTINGS, fault)
-    assert any(_cut_short(bed, size) for size in SIZES) == bool(fault)
+    rounds = 5 if fault else 1  # on a busy machine the twin has luck
+    assert any(_cut_short(bed, size) for _ in range(rounds) for size in SIZES) == bool(fault)
