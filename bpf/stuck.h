@@ -89,8 +89,8 @@ static __always_inline bool settled_here(const struct endpoint *ep, const struct
 	return settled(ep, sk, in_use((__u64)sk) ? 1 : 0);
 }
 
-/* TCP bytes came with a FIN, or waited when it came, for one that asks FIONREAD, which says 0 of them here, and takes
- * that for the end. Out of the map they count. */
+/* TCP bytes came with a FIN, or waited when it came, for one that asks FIONREAD, or may as it is told of the end: here that
+ * says 0 of them, which it takes for the end. Out of the map they count. */
 static __always_inline bool would_miscount(const struct endpoint *ep, const struct tcp_sock *tp)
 {
 	return knobs.fionread_broken && !fault(UP_FAULT_EARLY_FIN) && tp->rcv_nxt - tp->copied_seq > 1 &&

@@ -139,9 +139,8 @@ def test_sockets_of_the_kernel_itself(bed: Bed, plane: MakePlane, fault: Fault) 
         run("mount", "-t", "configfs", "none", "/sys/kernel/config")
     up = plane(faults=fault)
     worker = bed.worker("server")
-    with tempfile.NamedTemporaryFile(
-        dir="/dev/shm"
-    ) as disk:  # of other file systems it takes no size
+    # of other file systems it takes no size
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as disk:
         disk.write(content(_STREAM, 0, 1 << 20))
         disk.flush()
         port = worker.call(_serve_nvme, disk.name)

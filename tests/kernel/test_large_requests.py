@@ -99,8 +99,7 @@ def test_a_blocking_client_waits_for_its_answer(
     counters = underpass.counters()
     reason = "paused" if paused else "budget-bytes"
     left = counters.refused_total["send-room"]  # where net.core.wmem_max is as small as that
-    late = counters.refused_total["reader-stuck"]  # a busy machine let its reader wait
-    assert counters.tcp_messages_total[reason] > 20 or late or (left and size > _most_set() / 3)
+    assert counters.tcp_messages_total[reason] > 20 or (left and size > _most_set() / 3)
 
 
 @pytest.mark.parametrize("address", [SERVER4, LOOPBACK], ids=["veth", "loopback"])

@@ -160,12 +160,11 @@ def test_what_is_no_small_stream_stays(
     bed: Bed, plane: MakePlane, talk: Callable[[Remote, Remote], None]
 ) -> None:
     """Claim: requests, pipelined too, single messages and large ones keep the shortcut."""
-    underpass = plane(SETTINGS)
+    underpass = plane(replace(SETTINGS, reproof_seconds=0))  # a slow machine talks for longer
     near, far = _ends(bed)
     talk(near, far)
     assert (len(underpass.endpoints()), _left(underpass)) == (2, {})
-    by_tcp = underpass.counters().tcp_messages_total
-    assert sum(by_tcp.values()) - by_tcp["reproof"] == 0
+    assert sum(underpass.counters().tcp_messages_total.values()) == 0
 
 
 @pytest.mark.parametrize("talk", [_pipelined, _long_answers])

@@ -30,7 +30,7 @@ _ROADS = {
 
 @click.command("calibrate", short_help="Find out which small streams are faster by TCP here.")
 @path_option
-@click.option("--quick", "effort", flag_value="quick", help="Ten seconds at most; coarser bounds.")
+@click.option("--quick", "effort", flag_value="quick", help="Some ten seconds; coarser bounds.")
 @click.option(
     "--gently",
     "effort",
