@@ -9,6 +9,7 @@
 #define KEEP_MOST 127
 #define NARROW_LEAST 8190 /* no size that a program would ask for */
 #define MOST_BUFFER (4 << 20)
+#define ROOMY_LEAST (512 << 10) /* what a stream of one node may need; the kernel doubles it */
 #define SEGMENT 81920 /* one of 64 KiB, and what the kernel needs for it */
 #define SOCK_SNDBUF_LOCK 1
 #define SOCK_NOSPACE 2
@@ -97,6 +98,16 @@ static __always_inline int wide_size(const struct sock *sk)
 	return (size - 1) | 1;
 }
 
+/* What TCP has made it until now, but no narrower than a stream of one node may need, nor wider than above. */
+static __always_inline int roomy_size(const struct sock *sk, int size)
+{
+	int wide = wide_size(sk);
+
+	if (size < ROOMY_LEAST)
+		size = ROOMY_LEAST;
+	return size < wide ? size | 1 : wide;
+}
+
 static __always_inline int buffer_of(const struct sock *sk)
 {
 	return READ(sk, sk_sndbuf);
@@ -137,10 +148,11 @@ static __always_inline bool blocks(const struct sock *sk)
 	return !(READ(file, f_flags) & O_NONBLOCK);
 }
 
-static __noinline void resize(struct bpf_sock_ops *ctx, struct endpoint *ep, const struct tcp_sock *tp, __u8 as)
+static __noinline void resize(struct bpf_sock_ops *ctx, struct endpoint *ep, const struct tcp_sock *tp, __u8 as,
+			      int size)
 {
 	const struct sock *sk = &tp->inet_conn.icsk_inet.sk;
-	int size = as == BUFFER_NARROW ? narrow_size(tp, ep->held) : wide_size(sk), most = most_in_map();
+	int most = most_in_map();
 
 	if (as != BUFFER_WIDE && size > most && blocks(sk))
 		size = most | 1;
@@ -168,7 +180,7 @@ static __noinline void set_buffer(struct bpf_sock_ops *ctx, struct endpoint *ep,
 		return;
 	if (psock_of(sk) && reader_sleeps(ep->sock) && !fault(UP_FAULT_ROUSING)) /* this would wake it: see no_room_left() */
 		return;
-	resize(ctx, ep, tp, as);
+	resize(ctx, ep, tp, as, as == BUFFER_NARROW ? narrow_size(tp, ep->held) : wide_size(sk));
 }
 
 static __always_inline bool waits_for_room(const struct sock *sk)
@@ -193,14 +205,14 @@ static __noinline bool no_room_left(struct bpf_sock_ops *ctx, struct endpoint *e
 	if (bpf_getsockopt(ctx, SOL_TCP, TCP_NOTSENT_LOWAT, &lowat, sizeof(lowat)))
 		return true;
 	bpf_setsockopt(ctx, SOL_TCP, TCP_NOTSENT_LOWAT, &none, sizeof(none)); /* is a third of it free as it is? */
-	/* One that TCP sizes stays with it, as long as the next packet may find a third free. */
-	if (waits_for_room(sk) && (sndbuf_locked(sk) || lowat || size > most_in_map()) &&
-	    !(own && size > most)) { /* that could not be put back */
+	if (waits_for_room(sk) && !(own && size > most)) { /* that could not be put back */
 		bpf_setsockopt(ctx, SOL_SOCKET, SO_SNDBUF, &most, sizeof(most));
 		if (own)
 			bpf_setsockopt(ctx, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size));
+		else if (ep->buffer_is == BUFFER_NARROW)
+			resize(ctx, ep, tp, BUFFER_NARROW, narrow_size(tp, ep->held));
 		else
-			resize(ctx, ep, tp, ep->buffer_is == BUFFER_NARROW ? BUFFER_NARROW : BUFFER_ROOMY);
+			resize(ctx, ep, tp, BUFFER_ROOMY, roomy_size(sk, size));
 	}
 	bpf_setsockopt(ctx, SOL_TCP, TCP_NOTSENT_LOWAT, &lowat, sizeof(lowat));
 	return !own || !waits_for_room(sk);
