@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from underpass import policy
 from underpass.errors import Usage
@@ -21,6 +22,8 @@ _OF_PROGRAMS = (Reason.OBSERVED.word, Reason.GUARDED.word, Reason.MARKED.word)
 _WELCOME = ("admitted", "allowed")
 _POLICY_STEP = "see `underpass policy show`"
 _AGAIN = "run `underpass adopt`, or reconnect"
+#: Reasons that hold whatever a policy says.
+_BEFORE_POLICY = ("absent", "outside-cgroup", Reason.NOT_LOCAL.word)
 _OUTSIDE_STEP = "run `underpass down`, then `underpass up --cgroup PATH` for one that holds it"
 
 _Cause = tuple[str, str, str]  # reason, sentence, next step
@@ -55,6 +58,17 @@ class Finding:
     sentence: str
     next_step: str
     programs: tuple[Program, ...] = ()
+
+
+def check(client: Target, server: Target) -> None:
+    """Can there be a connection between the two?
+
+    Raises:
+        Usage: they are of different families.
+    """
+    if (":" in client.address) != (":" in server.address):
+        cause, step = "one is IPv4, the other IPv6", "name two addresses of one family"
+        raise Usage("explain", f"{client} -> {server}", cause, step)
 
 
 def parse(text: str) -> Target:
@@ -94,6 +108,7 @@ class View:
         sockets: every TCP socket of the node's network namespaces.
         programs: what the guard knows, by their keys.
         rules: the policy in force, if it is known.
+        policed: a policy is in force, whether or not its rules are known.
         pods: by the network namespaces that they have to themselves, as endpoints name them.
     """
 
@@ -103,6 +118,7 @@ class View:
     programs: Mapping[int, Program]
     rules: Policy | None = None
     pods: Mapping[str, Pod] = field(default_factory=dict)
+    policed: bool = False
 
 
 def merged(listings: list[list[Socket]]) -> list[Socket]:
@@ -197,7 +213,7 @@ def explain(client: Target, server: Target, view: View) -> list[Finding]:
             found = [_unpaired(subject, sock, view.state, others)]
         found = [_with_programs(f, sock, others, view.programs) for f in found]
         findings += [_with_rule(f, sock, others, view) for f in found]
-    return findings or [_outlook(client, server, view.state, view.sockets)]
+    return findings or [_outlook(client, server, view)]
 
 
 def _subject(sock: Socket, others: list[Socket]) -> str:
@@ -348,24 +364,43 @@ def _with_programs(
 
 
 def _with_rule(finding: Finding, sock: Socket, others: list[Socket], view: View) -> Finding:
-    """Names the pod that the policy keeps on TCP, and by which rule."""
-    if finding.reason != Reason.POLICY.word or view.rules is None:
+    """Names the end that the policy keeps on TCP now, and by which rule, whatever came before."""
+    told = finding.reason == Reason.POLICY.word
+    if not told and (sock.in_map or not others or finding.reason in _BEFORE_POLICY):
         return finding
     ends = [("client", sock, sock.remote_port)]
     ends += [("server", other, other.endpoint.port) for other in others[:1]]
     for name, end, port in ends:
-        pod = view.pods.get(end.endpoint.netns)
-        if pod is None:
-            continue
         at = policy.End((), end.endpoint.address, end.remote_address, port)
-        rule = policy.first_match(view.rules, pod, pod.cgroup, at)
-        if not (rule.allow if rule else view.rules.default_allow):
-            why = policy.describe(rule) if rule else f"mode {view.rules.mode.value}"
-            if rule and rule.mark:
-                why = pod.mark_in_words(view.rules.namespace_marks)
-            sentence = f"{finding.sentence} The {name}'s pod {pod} is denied by: {why}."
-            return replace(finding, sentence=sentence)
+        denial = _denial(view, name, view.pods.get(end.endpoint.netns), at)
+        if not denial:
+            continue
+        if told:
+            return replace(finding, sentence=f"{finding.sentence} {denial}.")
+        later = "" if finding.next_step.startswith("nothing") else finding.next_step
+        step = f"{_POLICY_STEP}; once it is allowed, {later}" if later else _POLICY_STEP
+        sentence = f"{finding.sentence} By now the policy keeps it on TCP, too. {denial}."
+        return replace(finding, sentence=sentence, next_step=step)
     return finding
+
+
+def _denial(view: View, name: str, pod: Pod | None, at: policy.End) -> str | None:
+    """How the policy in force keeps an end on TCP; empty: it does not; None: that is not known."""
+    rules = view.rules
+    if rules is None:
+        return None if view.policed else ""
+    if pod and not policy.usable(rules, pod):
+        return f"The {name}'s pod {pod} waits until the labels of its namespace are known"
+    rule = policy.first_match(rules, pod, pod.cgroup if pod else "", at)
+    allowed = rule.allow if rule else rules.default_allow
+    if not pod and len(policy.outcomes(rules, at, in_pod=bool(view.pods))) > 1:
+        return None
+    if allowed:
+        return ""
+    why = policy.describe(rule) if rule else f"mode {rules.mode.value}"
+    if pod and rule and rule.mark:
+        why = pod.mark_in_words(rules.namespace_marks)
+    return f"The {name}'s {f'pod {pod}' if pod else 'end'} is denied by: {why}"
 
 
 def _name(end: str, program: Program) -> str:
@@ -376,17 +411,13 @@ def _name(end: str, program: Program) -> str:
     return f"the {end}'s program {program.name}, id {program.id}, is {verdict}"
 
 
-def _outlook(client: Target, server: Target, state: str, sockets: list[Socket]) -> Finding:
-    subject = f"{client} -> {server}"
-
-    def none(reason: str, sentence: str, step: str) -> Finding:
-        return Finding(subject, "none", reason, f"No such connection is open. {sentence}", step)
-
-    if state == "absent":
+def _outlook(client: Target, server: Target, view: View) -> Finding:
+    none = partial(_none, f"{client} -> {server}")
+    if view.state == "absent":
         return none("absent", "underpass is not up, all would take TCP.", "run `underpass up`")
     listeners = [
         s
-        for s in sockets
+        for s in view.sockets
         if s.listening
         and s.endpoint.address in (server.address, "0.0.0.0", "::")
         and server.port in (None, s.endpoint.port)
@@ -400,15 +431,73 @@ def _outlook(client: Target, server: Target, state: str, sockets: list[Socket]) 
     if not any(s.covered for s in listeners):
         sentence = "The listener's process is outside the cgroup that underpass is attached to."
         return none("outside-cgroup", sentence, _OUTSIDE_STEP)
-    if state != "active":
-        return none(state, f"underpass is {state}: it would take TCP.", "run `underpass resume`")
+    if view.state != "active":
+        step = _step(Reason.PAUSED if view.state == "paused" else Reason.DRAINING)
+        return none(view.state, f"underpass is {view.state}: it would take TCP.", step)
+    here = _at(server.address, view)
+    listeners = [s for s in listeners if s.endpoint.netns in here] or listeners
+    return _new_one(client, server, listeners, view)
+
+
+def _none(subject: str, reason: str, sentence: str, step: str) -> Finding:
+    return Finding(subject, "none", reason, f"No such connection is open. {sentence}", step)
+
+
+def _new_one(client: Target, server: Target, listeners: list[Socket], view: View) -> Finding:
+    """What a new connection to ``listeners`` would take, by policy and guard."""
+    none = partial(_none, f"{client} -> {server}")
+    denials = _forecast(client, server, listeners, view)
+    for denial in filter(None, denials.values()):
+        sentence = f"A new one would take TCP, the policy keeps it there. {denial}."
+        return none(Reason.POLICY.word, sentence, _POLICY_STEP)
+    keys = {s.program for s in listeners}
+    program = view.programs.get(*keys) if len(keys) == 1 else None
+    if program and program.verdict not in _WELCOME:
+        watched = program.verdict == "watched"
+        reason = Reason.OBSERVED if watched else Reason.GUARDED
+        sentence = f"A new one would take TCP: {_name('server', program)}."
+        step = f"see `underpass guard list`; `underpass guard allow {program.id}` overrules it"
+        step = "connect once `underpass guard list` says admitted" if watched else step
+        return replace(none(reason.word, sentence, step), programs=(program,))
+    whose = "the client's program is" if program else "the programs at both ends are"
     sentence = (
-        "A listener of this node is ready: a new connection would take the shortcut, "
-        "if the programs at both ends are admitted."
+        "A listener of this node is ready: a new connection from this node would take the "
+        f"shortcut, if {whose} admitted."
     )
+    if program:
+        named = _name("server", program)
+        sentence += f" {named[0].upper()}{named[1:]}."
+    if unknown := [name for name, denial in denials.items() if denial is None]:
+        ends = " and ".join(f"the {name}'s end" for name in unknown)
+        why = "which pod or cgroup that is in" if view.rules else "what its rules are"
+        sentence += f" The policy was not asked for {ends}: it is not known {why}."
     if not any(s.armed for s in listeners):
         sentence += (
             " The listener stood before and could not be armed: one that it answers with a "
             "SYN cookie, as under a flood, would take TCP until its program is restarted."
         )
     return none("ready", sentence, "connect, then ask again")
+
+
+def _at(address: str, view: View) -> set[str]:
+    """The network namespaces that a socket shows to have this address."""
+    return {s.endpoint.netns for s in view.sockets if s.endpoint.address == address}
+
+
+def _forecast(
+    client: Target, server: Target, listeners: list[Socket], view: View
+) -> dict[str, str | None]:
+    """What the policy would say of the two ends of a new connection; see :func:`_denial`."""
+    ends = {
+        "client": (_at(client.address, view), client.address, server.address),
+        "server": ({s.endpoint.netns for s in listeners}, server.address, client.address),
+    }
+    found: dict[str, str | None] = {}
+    for name, (places, local, remote) in ends.items():
+        pod = view.pods.get(*places) if len(places) == 1 else None
+        denials = {
+            _denial(view, name, pod, policy.End((), local, remote, port))
+            for port in {s.endpoint.port for s in listeners}
+        }
+        found[name] = denials.pop() if len(denials) == 1 else None
+    return found

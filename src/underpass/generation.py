@@ -12,6 +12,7 @@ import errno
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -279,8 +280,18 @@ class Dataplane:
         for namespace in namespaces.net_namespaces():
             data = namespaces.in_namespace(namespace, lambda: libbpf.iterate(self.fd("up_sockets")))
             names = {namespace.inode: namespace.label}
-            found += [records.socket_of(record, names, held) for record in abi.records(data or b"")]
+            for record in abi.records(data or b""):
+                known = records.socket_of(record, names, held)
+                if known.listening:
+                    known = replace(known, program=self._listener_of(record))
+                found.append(known)
         return found
+
+    def _listener_of(self, record: abi.Record) -> int:
+        """Key of the program that listens at the place of ``record``; 0: unknown, or several do."""
+        owner = abi.Owner()
+        there = libbpf.lookup(self.fd("owners"), _place(record), owner)
+        return int(owner.program) if there and not owner.shared else 0
 
     def leftovers(self) -> dict[str, int]:
         """Entries in the handoff maps; all 0 once every handshake and adoption is over."""
@@ -394,14 +405,7 @@ class Dataplane:
 
     def _find_owners(self, listeners: list[abi.Record]) -> None:
         """Tell the guard whose listeners those are that stood before it could see them begin."""
-        places = {
-            record.inode: abi.Place(
-                netns=record.netns_cookie,
-                at=abi.Address((abi.u8 * 16)(*record.local_ip), record.local_port),
-            )
-            for record in listeners
-            if record.covered
-        }
+        places = {record.inode: _place(record) for record in listeners if record.covered}
         fd, owner = self.fd("owners"), abi.Owner()
         strange = {
             inode: place
@@ -514,6 +518,12 @@ class Dataplane:
         for name, key, value in _GUARD_MAPS:
             for element in libbpf.items(before.fd(name), key, value):
                 libbpf.update(self.fd(name), *element)
+
+
+def _place(record: abi.Record) -> abi.Place:
+    """Where a listener stands."""
+    at = abi.Address((abi.u8 * 16)(*record.local_ip), record.local_port)
+    return abi.Place(netns=record.netns_cookie, at=at)
 
 
 def _attach_error(error: KernelError, cgroup: Path, fd: int) -> KernelError:

@@ -335,19 +335,37 @@ def first_match(policy: Policy, pod: Pod | None, cgroup: str, end: End) -> Rule 
     What the masks must come to. ``end.groups`` has no say: ``pod`` and ``cgroup`` (a path) are what
     they stand for.
     """
-    addresses = (_plain(end.local), _plain(end.remote))
     for rule in policy.clauses:
-        if not _may_hold(policy, rule, pod, cgroup):
-            continue
-        if rule.ports and not any(first <= end.server_port <= last for first, last in rule.ports):
-            continue
-        networks = [ipaddress.ip_network(text) for text in rule.cidrs]
-        if networks and not any(
-            address in network for address in addresses for network in networks
-        ):
-            continue
-        return rule
+        if _may_hold(policy, rule, pod, cgroup) and _is_at(rule, end):
+            return rule
     return None
+
+
+def _is_at(rule: Rule, end: End) -> bool:
+    """Do its ports and prefixes hold?"""
+    if rule.ports and not any(first <= end.server_port <= last for first, last in rule.ports):
+        return False
+    addresses = (_plain(end.local), _plain(end.remote))
+    networks = [ipaddress.ip_network(text) for text in rule.cidrs]
+    return not networks or any(a in network for a in addresses for network in networks)
+
+
+def outcomes(policy: Policy, end: End, *, in_pod: bool) -> set[bool]:
+    """What may come of it for an end whose pod and cgroup nobody knows.
+
+    Args:
+        policy: the rules.
+        end: the end; ``end.groups`` has no say.
+        in_pod: its process may be in a pod.
+    """
+    found: set[bool] = set()
+    for rule in policy.clauses:
+        if (rule.of_pods and not in_pod) or not _is_at(rule, end):
+            continue
+        found.add(rule.allow)
+        if not rule.of_pods and (not rule.cgroups or "" in rule.cgroups):
+            return found
+    return found | {policy.default_allow}
 
 
 def describe(rule: Rule) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from tests.kernel import remote
 from tests.kernel.bed import CLIENT4, SERVER4, Bed
 from tests.kernel.commands import underpass
 from tests.kernel.fixtures import MakePlane
-from tests.kernel.remote import Remote, couple, exchange
+from tests.kernel.remote import Remote, couple, exchange, listen
 from tests.kernel.waiting import wait_until
 from underpass import dataplane, programs
 from underpass.model import Settings
@@ -150,3 +151,43 @@ def test_a_generation_that_has_gone(bed: Bed, plane: MakePlane) -> None:
     [found] = _explained(bed)
     assert found["reason"] == "opened-before-up"
     assert "generation that has been replaced" in found["sentence"]
+
+
+def _deny_port(bed: Bed, place: Path) -> None:
+    file = place / "policy.toml"
+    file.write_text(f"[[policy.rule]]\naction = 'deny'\nports = [{PORT}]\n")
+    underpass(bed.pins, "policy", "apply", file).ok()
+
+
+def test_a_connection_that_is_not_open(bed: Bed, plane: MakePlane, tmp_path: Path) -> None:
+    """Claim: guard and policy are asked for a connection that nobody has opened yet."""
+    plane()
+    server = bed.worker("server")
+    listen(server, (SERVER4, PORT))
+    assert [f["reason"] for f in _explained(bed)] == ["ready"]
+    assert _id(server) in _explained(bed)[0]["sentence"]
+    underpass(bed.pins, "guard", "deny", _id(server)).ok()
+    assert [f["reason"] for f in _explained(bed)] == ["guarded"]
+    _guilty(bed, _explained(bed)[0], server, "denied")
+    _deny_port(bed, tmp_path)
+    assert [f["reason"] for f in _explained(bed)] == ["policy"]
+
+
+def test_a_policy_after_the_guard(bed: Bed, plane: MakePlane, tmp_path: Path) -> None:
+    """Claim: what the guard kept out and a policy keeps out by now is told of both."""
+    plane()
+    worker = bed.worker("client")
+    exchange(*couple(worker, bed.worker("server"), (SERVER4, PORT + 1)), 1)  # it is known by now
+    underpass(bed.pins, "guard", "deny", _id(worker)).ok()
+    exchange(*couple(worker, bed.worker("server"), (SERVER4, PORT)), 1)
+    _until(bed, "guarded")
+    _deny_port(bed, tmp_path)
+    [found] = _explained(bed)
+    assert (found["reason"], len(found["programs"])) == ("guarded", 1)
+    assert f"denied by: deny port {PORT}" in found["sentence"]
+    assert "policy show" in found["next_step"]
+
+
+def test_two_families(bed: Bed) -> None:
+    """Claim: an IPv4 and an IPv6 address are a usage error."""
+    underpass(bed.pins, "explain", CLIENT4, "[fd77::1]:1").failed(2, "cannot explain", "IPv6")

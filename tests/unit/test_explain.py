@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 
 from underpass.errors import Usage
-from underpass.explain import Finding, Target, View, explain, merged, parse
+from underpass.explain import Finding, Target, View, check, explain, merged, parse
 from underpass.model import Direction, Endpoint, Pair, Program, Reason, Socket
+from underpass.pod import MARK, Pod
+from underpass.policy import Mode, Policy, Rule
 
 CLIENT, SERVER = Target("10.0.0.1", None), Target("10.0.0.2", 80)
 LISTENER = Socket(
@@ -83,6 +85,14 @@ def test_wrong_targets_are_refused(text: str) -> None:
     """Claim: what is no address is a usage error."""
     with pytest.raises(Usage):
         parse(text)
+
+
+def test_two_families_are_refused() -> None:
+    """Claim: no connection has an IPv4 and an IPv6 end."""
+    for pair in ((parse("10.0.0.1"), parse("fd77::1")), (parse("[fd77::1]:1"), CLIENT)):
+        with pytest.raises(Usage, match="IPv6"):
+            check(*pair)
+    check(parse("::ffff:10.0.0.1"), SERVER)
 
 
 @pytest.mark.parametrize(
@@ -195,3 +205,53 @@ def test_programs_are_named(reason: Reason, verdict: str, word: str) -> None:
         for part in (program.name, program.id, word):
             assert part in found.sentence
         assert found.programs == (() if word == "By now the " else (program,))
+
+
+POD = Pod("default", "web", "1", labels={MARK: "off"}, cgroup="pods/web", cgroup_id=7)
+DENIED = "is denied by: deny port 80"
+PORT80 = Policy(rules=(Rule(allow=False, ports=((80, 80),)),))
+
+
+@pytest.mark.parametrize(
+    ("view", "reason", "says"),
+    [
+        (View("active", [], [], {}, PORT80, policed=True), "policy", f"client's end {DENIED}"),
+        (View("active", [], [], {}, Policy(Mode.OPT_IN), policed=True), "policy", "mode opt-in"),
+        (View("active", [], [], {}, Policy(), {"server": POD}, True), "policy", "pod default/web"),
+        (View("active", [], [], {}, Policy(), {"else": POD}, True), "ready", "not asked"),
+        (View("active", [], [], {}, None, policed=True), "ready", "not known what its rules are"),
+        (View("active", [], [], {5: PROGRAM}), "guarded", "is denied (rule)"),
+        (View("active", [], [], {5: replace(PROGRAM, verdict="watched")}), "observed", "watched"),
+        (View("active", [], [], {5: replace(PROGRAM, verdict="admitted")}), "ready", "is admitted"),
+        (View("paused", [], [], {5: PROGRAM}, PORT80, policed=True), "paused", "would take TCP"),
+    ],
+)
+def test_policy_and_guard_are_asked_for_a_new_connection(
+    view: View, reason: str, says: str
+) -> None:
+    """Claim: where none is open, both have their say; what could not be asked is told."""
+    found = explain(CLIENT, SERVER, replace(view, sockets=[replace(LISTENER, program=5)]))
+    assert [(one.path, one.reason) for one in found] == [("none", reason)]
+    assert says in found[0].sentence
+
+
+def test_the_port_may_be_open() -> None:
+    """Claim: a policy that says different things of a server's ports is not guessed at."""
+    view = View("active", [], [LISTENER], {}, PORT80, policed=True)
+    server = Target("10.0.0.2", None)
+    assert explain(CLIENT, server, view)[0].reason == "policy"
+    other = replace(LISTENER, endpoint=Endpoint("0.0.0.0", 81, "server"))
+    [found] = explain(CLIENT, server, replace(view, sockets=[LISTENER, other]))
+    assert (found.reason, "not asked" in found.sentence) == ("ready", True)
+
+
+@pytest.mark.parametrize("reason", [Reason.GUARDED, Reason.SMALL_STREAM, Reason.SHORTCUT])
+def test_an_old_reason_does_not_hide_the_policy(reason: Reason) -> None:
+    """Claim: what keeps it on TCP by now is told beside what once did, and comes first."""
+    ends = [replace(SOCKET, reason=reason), FAR]
+    [found] = explain(CLIENT, SERVER, View("active", [], ends, {}, PORT80, policed=True))
+    assert found.reason == _one("active", *ends).reason
+    assert DENIED in found.sentence
+    assert found.next_step.startswith("see `underpass policy show`")
+    [found] = explain(CLIENT, SERVER, View("active", [], ends, {}, Policy(), policed=True))
+    assert "policy" not in found.sentence

@@ -134,6 +134,7 @@ def test_masks_are_rules(
         rule = policy.first_match(rules, pod, path, end)
         assert allowed == (rule.allow if rule else rules.default_allow)
         assert (rules.clauses[bit] if bit is not None else None) == rule
+        assert allowed in policy.outcomes(rules, end, in_pod=True)
 
 
 @FUZZED
@@ -146,6 +147,7 @@ def test_without_pods(rules: Policy, ends: list[tuple[str, str, str, int]]) -> N
         rule = policy.first_match(rules, None, path, end)
         expected = rule.allow if rule else rules.default_allow
         assert policy.decide(compiled, end.groups, port, local, remote) == expected
+        assert expected in policy.outcomes(rules, end, in_pod=False)
 
 
 @pytest.mark.parametrize("twin", ["the last rule decides", "shorter prefixes are left out"])

@@ -26,9 +26,11 @@ def explain(pins: Path, client: str, server: str, as_json: bool) -> None:
     """Why traffic from CLIENT to SERVER does or does not take the shortcut.
 
     CLIENT and SERVER are addresses as the client's socket sees them, with or without a port
-    ([IPV6]:PORT for IPv6); of an open connection also as `connections` shows them.
+    ([IPV6]:PORT for IPv6); of an open connection also as `connections` shows them. Where none is
+    open it tells what policy and guard would decide, as far as that is known.
     """
     one, other = words.parse(client), words.parse(server)
+    words.check(one, other)
     for _ in range(_LOOKS):
         view = _view(pins)
         findings = words.explain(one, other, view)
@@ -58,10 +60,10 @@ def _view(pins: Path) -> words.View:
     pairs: list[Pair] = []
     sockets: list[Socket] = []
     known: dict[int, Program] = {}
-    state = "absent"
+    state, policed = "absent", False
     try:
         with dataplane.opened(pins) as planes:
-            state = planes[0].state
+            state, policed = planes[0].state, planes[0].policy != 0
             sockets = words.merged([plane.sockets() for plane in planes])
             known = {int(p.id, 16): p for plane in reversed(planes) for p in plane.programs()}
             held = {e.cookie for plane in planes for e in plane.endpoints()}
@@ -80,6 +82,6 @@ def _view(pins: Path) -> words.View:
         )
         for pair in pairs
     ]
-    in_force = kept.read_policy(pins)
+    in_force = kept.read_policy(pins) if policed else None
     rules = in_force.policy if in_force else None
-    return words.View(state, pairs, sockets, known, rules, pods)
+    return words.View(state, pairs, sockets, known, rules, pods, policed)
