@@ -350,6 +350,11 @@ def test_the_command_says_what_it_did(bed: Bed, plane: MakePlane) -> None:
     assert one["reason"] == "shortcut"
     exchange(near, far, 1)
     assert "0 open connections taken in" in _adopt(bed).ok().out
+    dataplane.pause(bed.pins, True)
+    paused = _adopt(bed).ok().out
+    assert paused.count("\n") == 1
+    assert f"paused: everything stays on TCP until `underpass --pins {bed.pins} resume`" in paused
+    assert _adopt(bed, "--json").document()["state"] == "paused"
 
 
 def test_it_goes_on_until_it_is_told_to_stop(bed: Bed, plane: MakePlane) -> None:

@@ -6,13 +6,19 @@ from pathlib import Path
 
 import click
 
-from underpass import adoption
+from underpass import adoption, dataplane
 from underpass.adoption import Outcome
 from underpass.cli import output
 from underpass.cli.interrupt import stop_on_signals
 from underpass.cli.seconds import Seconds
 from underpass.errors import UnderpassError
 from underpass.model import Reason, plain
+
+#: Why a pass took nothing in, and what to do.
+_STILL = {
+    "paused": "underpass is paused: everything stays on TCP until `underpass resume`",
+    "draining": "underpass is draining: everything stays on TCP; `underpass down` finishes",
+}
 
 
 @click.command(short_help="Take in open connections that are on TCP, where that is safe.")
@@ -34,8 +40,9 @@ def adopt(pins: Path, every: float | None, as_json: bool) -> None:
     A connection that is busy just now stays for the next pass; the others are listed with the
     reason for which they stay on TCP.
     """
-    outcomes = adoption.adopt(pins)
-    _tell(outcomes, as_json)
+    with dataplane.Dataplane.open(pins) as plane:
+        state = plane.state
+    _tell(adoption.adopt(pins), as_json, state)
     if every is None:
         return
     with stop_on_signals() as stop:
@@ -49,13 +56,13 @@ def adopt(pins: Path, every: float | None, as_json: bool) -> None:
                 _tell(again, as_json)
 
 
-def _tell(outcomes: list[Outcome], as_json: bool) -> None:
+def _tell(outcomes: list[Outcome], as_json: bool, state: str = "active") -> None:
     if as_json:
         taken, stay = adoption.summary(outcomes)
         rows = [plain(outcome) | {"reason": outcome.reason.word} for outcome in outcomes]
-        output.print_json({"adopted": taken, "stay": stay, "connections": rows})
+        output.print_json({"adopted": taken, "stay": stay, "connections": rows, "state": state})
         return
-    output.say(adoption.told(outcomes))
+    output.say(adoption.told(outcomes) if outcomes else _STILL.get(state, adoption.told([])))
     rows = [
         (str(o.client), o.client.netns, str(o.server), o.server.netns, o.reason.word, o.detail)
         for o in outcomes
