@@ -44,6 +44,12 @@ class Unsupported(UnderpassError):
     exit_code = 4
 
 
+class Interrupted(UnderpassError):
+    """Ctrl-C ended it."""
+
+    exit_code = 130
+
+
 class NotLoaded(UnderpassError):
     """There is no generation at this pin directory."""
 

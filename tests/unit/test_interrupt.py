@@ -51,9 +51,13 @@ def test_work_that_goes_on_until_told(number: signal.Signals) -> None:
 def test_work_that_is_broken_off(number: signal.Signals) -> None:
     """Claim: each of them ends the work as an error that names it; a second one cleans up, too."""
     cleaned: list[str] = []
-    with pytest.raises(UnderpassError, match=number.name), interrupt.interruptible("the work"):
+    with (
+        pytest.raises(UnderpassError, match=number.name) as raised,
+        interrupt.interruptible("the work"),
+    ):
         _work(number, SIGNALS, cleaned)
     assert cleaned
+    assert raised.value.exit_code == (130 if number is signal.SIGINT else 1)
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)

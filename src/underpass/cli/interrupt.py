@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from underpass.errors import UnderpassError
+from underpass.errors import Interrupted, UnderpassError
 
 _Handler = Callable[[int, FrameType | None], None]
 
@@ -23,6 +23,10 @@ class Signalled(BaseException):
 
 class _Stopped(Exception):
     """A signal came that ends the work."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = signal.Signals(number)
 
 
 def _hears() -> list[signal.Signals]:
@@ -73,18 +77,19 @@ def interruptible(what: str) -> Iterator[None]:
     """The first of these signals stops the work, later ones do not disturb the cleaning up.
 
     Raises:
-        UnderpassError: one came; ``what`` (as "the benchmark") was not finished.
+        Interrupted: SIGINT came; ``what`` (as "the benchmark") was not finished.
+        UnderpassError: another one did.
     """
 
     def stop(number: int, _: FrameType | None) -> None:
         for each in _hears():
             signal.signal(each, signal.SIG_IGN)
-        raise _Stopped(signal.Signals(number).name)
+        raise _Stopped(number)
 
     try:
         with _handled_by(stop):
             yield
     except _Stopped as stopped:
-        raise UnderpassError(
-            "finish", what, f"{stopped} came; all it made is removed", "run it again"
-        ) from None
+        kind = Interrupted if stopped.number is signal.SIGINT else UnderpassError
+        cause = f"{stopped.number.name} came; all it made is removed"
+        raise kind("finish", what, cause, "run it again") from None
