@@ -99,6 +99,7 @@ _SIZES = {
     "ports": (_HASH, ctypes.sizeof(abi.Port), 8),
     "networks": (_LPM_TRIE, ctypes.sizeof(abi.Network), 8),
 }
+_LARGEST_ABOUT = 65536  # bytes that another version's may have
 _HANDOFF_KEYS = {"handshakes": 8, "syns": 4, "orders": 8}
 _ZERO = ctypes.c_uint32(0)
 _SHARED = 2
@@ -135,12 +136,13 @@ class Dataplane:
                     "open", pins, "no generation is pinned there", "run `underpass up`"
                 ) from None
             raise
+        number = _abi_of(plane.fd("about"), sizes)
+        if number not in (None, abi.ABI):
+            cause = f"its ABI is {number}, this is {abi.ABI}"
+            raise UnderpassError("use", pins, cause, step)
         if sizes != _SIZES["about"]:  # before it is read: a larger value would not fit
             raise UnderpassError("use", pins, "it is not a generation of this version", step)
         libbpf.lookup(plane.fd("about"), _ZERO, plane.about)
-        if plane.about.abi != abi.ABI:
-            cause = f"its ABI is {plane.about.abi}, this is {abi.ABI}"
-            raise UnderpassError("use", pins, cause, step)
         gone = [name for name in (*MAPS, *PROGRAMS) if not (pins / name).exists()]
         if missing := [n for n in gone if n not in OPTIONAL or (pins / WATCH_LINKS[n]).exists()]:
             raise UnderpassError("use", pins, f"its pin {missing[0]} is missing", step)
@@ -518,6 +520,16 @@ class Dataplane:
         for name, key, value in _GUARD_MAPS:
             for element in libbpf.items(before.fd(name), key, value):
                 libbpf.update(self.fd(name), *element)
+
+
+def _abi_of(about: int, sizes: tuple[int, int, int]) -> int | None:
+    """The number that every version's `about` begins with, whatever follows; None: it is none."""
+    kind, key, size = sizes
+    if (kind, key) != _SIZES["about"][:2] or not ctypes.sizeof(abi.u32) <= size <= _LARGEST_ABOUT:
+        return None
+    value = (abi.u32 * (size // ctypes.sizeof(abi.u32) + 1))()
+    libbpf.lookup(about, _ZERO, value)
+    return int(value[0])
 
 
 def _place(record: abi.Record) -> abi.Place:

@@ -229,6 +229,23 @@ def test_a_user_without_any_right(bed: Bed) -> None:
         assert not bed.pins.with_name(f"{bed.name}{beside}").exists()
 
 
+@pytest.mark.parametrize("size", [ctypes.sizeof(abi.About) - 3, ctypes.sizeof(abi.About) + 8])
+def test_another_abi_of_another_size(bed: Bed, size: int) -> None:
+    """Claim: of a generation whose `about` has grown or shrunk the ABI is told, too."""
+    bed.pins.mkdir()
+    pin_foreign_map(bed.pins / "about", size)
+    value = (ctypes.c_uint32 * (size // 4 + 1))(abi.ABI + 1)
+    with libbpf.get(bed.pins / "about") as fd:
+        libbpf.update(fd.number, ctypes.c_uint32(0), value)
+        for word in COMMANDS:
+            _run(bed, word).failed(FAILED, f"its ABI is {abi.ABI + 1}, this is {abi.ABI}")
+        value[0] = abi.ABI
+        libbpf.update(fd.number, ctypes.c_uint32(0), value)
+    _run(bed, "status").failed(FAILED, "not a generation of this version")
+    (bed.pins / "about").unlink()
+    bed.pins.rmdir()
+
+
 def test_a_foreign_pin_is_never_ours(bed: Bed, plane: MakePlane) -> None:
     """Claim: a map of the same sizes as `about`, but empty, is of no ABI of ours."""
     plane()
