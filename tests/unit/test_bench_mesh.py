@@ -118,9 +118,31 @@ def test_the_naive_bypass_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("words", "workload"),
-    [([], "qperf"), (["--mesh"], "mesh"), (["--workload", "mesh"], "mesh")],
+    [
+        ([], "qperf"),
+        (["--mesh"], "mesh"),
+        (["--workload", "mesh"], "mesh"),
+        (["--mesh", "--workload", "mesh"], "mesh"),
+    ],
 )
-def test_mesh_is_a_short_word_for_the_workload(words: list[str], workload: str) -> None:
+def test_mesh_is_a_short_word_for_the_workload(
+    words: list[str], workload: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`--mesh` is `--workload mesh`, and neither is qperf."""
-    context = bench.make_context("bench", words)
-    assert context.params["workload"] == workload
+
+    def chosen(name: str, **_: object) -> None:
+        raise Usage("choose", name, "that is all", "look at it")
+
+    monkeypatch.setattr("underpass.cli.bench.choose", chosen)
+    context = bench.make_context("bench", words, obj=Path("/nowhere"))
+    with pytest.raises(Usage, match=f"cannot choose {workload}:"):
+        bench.invoke(context)
+
+
+@pytest.mark.parametrize("other", ["redis", "qperf"])
+def test_mesh_beside_another_workload_is_refused(other: str) -> None:
+    """Whichever comes first: neither is left aside in silence."""
+    for words in (["--mesh", "--workload", other], ["--workload", other, "--mesh"]):
+        context = bench.make_context("bench", words, obj=Path("/nowhere"))
+        with pytest.raises(Usage, match=f"--mesh with --workload {other}"):
+            bench.invoke(context)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -122,8 +123,7 @@ class _Reporter:
 @click.option("--workload", type=click.Choice(list(WORKLOADS)), default="qperf", show_default=True)
 @click.option(
     "--mesh",
-    "workload",
-    flag_value="mesh",
+    is_flag=True,
     help="The same as --workload mesh: through two real Envoy sidecars.",
 )
 @path_option
@@ -189,6 +189,7 @@ class _Reporter:
 def bench(  # noqa: PLR0913, PLR0917 - one argument an option
     pins: Path,
     workload: str,
+    mesh: bool,
     way: str,
     placement: str | None,
     cpus: str | None,
@@ -211,6 +212,9 @@ def bench(  # noqa: PLR0913, PLR0917 - one argument an option
     Two network namespaces, a cgroup and a generation of its own; a running installation is not
     touched. Fails if the kernel's counters do not bear the comparison out.
     """
+    if mesh:
+        _refuse_beside_mesh(workload)
+        workload = "mesh"
     shown = _Output(directory, target, as_json)
     if target:
         page.check(target)
@@ -273,6 +277,13 @@ def bench(  # noqa: PLR0913, PLR0917 - one argument an option
                 outcomes = runner.Comparison(plan, here, kernel, reporter.done).run()
     document = report.document(plan, path, outcomes, started)
     _show(document, outcomes, plan, shown)
+
+
+def _refuse_beside_mesh(workload: str) -> None:
+    source = click.get_current_context().get_parameter_source("workload")
+    if source is not ParameterSource.DEFAULT and workload != "mesh":
+        cause = "it is a workload itself"
+        raise Usage("use", f"--mesh with --workload {workload}", cause, "leave one of them out")
 
 
 def _show(
