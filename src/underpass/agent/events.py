@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TextIO
 
 #: Seconds after which an error that has not changed is told again.
@@ -14,11 +14,24 @@ AGAIN = 600.0
 
 
 class Journal:
-    """Writes events; an error that repeats itself is told once in a while, and always counted."""
+    """Writes events; an error that repeats itself is told once in a while, and always counted.
 
-    def __init__(self, stream: TextIO | None = None, *, text: bool | None = None) -> None:
+    Args:
+        stream: where to; stderr without one.
+        text: for people; without a word, if it is a terminal.
+        runnable: makes the commands in an error's next step as they have to be typed here.
+    """
+
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        *,
+        text: bool | None = None,
+        runnable: Callable[[str], str] = str,
+    ) -> None:
         self._stream = stream or sys.stderr
         self._text = self._stream.isatty() if text is None else text
+        self._runnable = runnable
         self._told: dict[str, tuple[str, float]] = {}
         self.errors: dict[str, int] = {}
 
@@ -32,7 +45,7 @@ class Journal:
     def error(self, job: str, error: object) -> None:
         """Count what failed in a job, and tell it unless it was just told."""
         self.errors[job] = self.errors.get(job, 0) + 1
-        line, now = " ".join(str(error).split()), time.monotonic()
+        line, now = self._runnable(" ".join(str(error).split())), time.monotonic()
         before, at = self._told.get(job, ("", 0.0))
         if line != before or now - at >= AGAIN:
             self._told[job] = line, now

@@ -50,7 +50,7 @@ def adopt(pins: Path, every: float | None, as_json: bool) -> None:
             try:
                 again = adoption.adopt(pins)
             except UnderpassError as error:  # as beside a `down`; another time
-                click.echo(f"underpass: {error}", err=True)
+                output.warn(str(error))
                 continue
             if any(o.reason is Reason.SHORTCUT for o in again):
                 _tell(again, as_json)

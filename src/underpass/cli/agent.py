@@ -11,6 +11,7 @@ from underpass import config
 from underpass.agent.events import Journal
 from underpass.agent.loop import Agent, Wanted
 from underpass.agent.notify import Notifier
+from underpass.cli import output
 from underpass.daemonset import Owner
 from underpass.errors import Usage
 from underpass.reconcile import Reconciler
@@ -53,7 +54,7 @@ def agent(
     if config_path == config.STDIN:
         cause = "it can be read once only, and the agent reads its configuration again"
         raise Usage("read", "standard input", cause, "name a file with --config")
-    journal = Journal()
+    journal = Journal(runnable=output.runnable_anywhere())
     of = Owner(owner) if owner else None
     wanted = Wanted(pins, config_path, cgroup, down_on_exit, of)
     work = Agent(wanted, journal, Notifier(), lambda: Reconciler(pins, config_path, journal.say))

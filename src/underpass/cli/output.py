@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -28,13 +28,30 @@ _COMMAND = re.compile(r"`underpass (?=[a-z])(?!bench|torture)")
 
 def act_on(pins: Path) -> None:
     """From now on next steps say that they are for ``pins``, which is not the usual place."""
-    if str(pins).isprintable():
-        _PINS.set(f"--pins {shlex.quote(str(pins))} ")
+    _PINS.set(f"--pins {_quoted(str(pins))} ")
+
+
+def _quoted(word: str) -> str:
+    """As a shell reads it; what a terminal cannot show is written as its bytes (``$'...'``)."""
+    if word.isprintable():
+        return shlex.quote(word)
+    shown = (
+        char if char.isprintable() and char not in "'\\" else
+        "".join(f"\\{byte:03o}" for byte in os.fsencode(char))
+        for char in word
+    )  # fmt: skip
+    return f"$'{''.join(shown)}'"
 
 
 def runnable(text: str) -> str:
     """``text`` with every command of ours in backticks as it has to be typed here."""
-    return _COMMAND.sub(lambda found: found[0] + _PINS.get(), text)
+    return runnable_anywhere()(text)
+
+
+def runnable_anywhere() -> Callable[[str], str]:
+    """:func:`runnable` for threads that know nothing of this one's pins."""
+    option = _PINS.get()
+    return lambda text: _COMMAND.sub(lambda found: found[0] + option, text)
 
 
 def say(line: str) -> None:
@@ -91,7 +108,7 @@ def warn(line: str) -> None:
 def fail(line: str, code: int) -> NoReturn:
     """Print the one line of an error on stderr and exit."""
     try:
-        click.echo("underpass: " + " ".join(runnable(line).split()), err=True)
+        click.echo("underpass: " + runnable(" ".join(line.split())), err=True)
     except OSError:
         silence(sys.stderr)
     sys.exit(code)
