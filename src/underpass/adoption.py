@@ -19,7 +19,7 @@ from underpass import abi, holders, libbpf, namespaces, pinning, programs
 from underpass.abi import Standing, Step
 from underpass.generation import Dataplane
 from underpass.holders import Held
-from underpass.model import REASONS, Endpoint, Reason
+from underpass.model import REASONS, Endpoint, Reason, many
 
 #: Seconds on TCP before one that has left may come back, doubled with every time that it left.
 FIRST_WAIT, LONGEST_WAIT = 10.0, 3600.0
@@ -395,7 +395,7 @@ def again(outcomes: list[Outcome]) -> float:
 def told(outcomes: list[Outcome]) -> str:
     """A pass in one line, for people. Pure."""
     taken, stay = summary(outcomes)
-    line = f"{taken} open connection{'' if taken == 1 else 's'} taken in"
+    line = f"{many(taken, 'open connection')} taken in"
     if not stay:
         return line
     reasons = ", ".join(f"{n} {word}" for word, n in stay.most_common())

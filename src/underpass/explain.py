@@ -11,7 +11,7 @@ from functools import partial
 
 from underpass import policy
 from underpass.errors import Usage
-from underpass.model import REFUSALS, Pair, Program, Reason, Socket
+from underpass.model import REFUSALS, Pair, Program, Reason, Socket, many
 from underpass.pod import Pod
 from underpass.policy import Policy
 
@@ -240,7 +240,7 @@ def _of_pair(subject: str, pair: Pair) -> list[Finding]:
     ):
         reason = next(r for r in Reason if r.word == direction.reason)
         went = (
-            f"{direction.shortcut_messages} messages by the shortcut, "
+            f"{many(direction.shortcut_messages, 'message')} by the shortcut, "
             f"{direction.tcp_messages} by TCP"
         )
         sentence = f"{title}: {reason.meaning} ({went})."

@@ -339,6 +339,11 @@ class Socket:
     program: int = 0
 
 
+def many(count: int, thing: str) -> str:
+    """``1 rule``, ``2 rules``."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
 def plain(value: Any) -> Any:
     """``value`` with every dataclass turned into a dictionary, ready for JSON."""
     if hasattr(value, "__dataclass_fields__"):

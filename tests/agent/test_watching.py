@@ -90,7 +90,7 @@ def test_top_in_terminals(bed: Bed) -> None:
     for columns, lines in ((160, 24), (40, 8)):
         words = command(bed.pins, "top", "--interval", "0.2")
         with _terminal(words, columns, lines) as terminal:
-            terminal.wait("1 open pairs")
+            terminal.wait("1 open pair,")
             terminal.wait("RATE*")
             terminal.wait("8080" if columns > 100 else "~")
             terminal.press("s")
@@ -136,7 +136,7 @@ def test_top_without_a_terminal(bed: Bed) -> None:
     exchange(near, far, 1)
     shown = underpass(bed.pins, "top", "--once", "--interval", "0.1", "--sort", "total").ok().out
     head, titles, row = shown.splitlines()
-    assert head.startswith("1 open pairs")
+    assert head.startswith("1 open pair,")
     assert "TOTAL*" in titles
     assert f"{SERVER4}:8080 {bed.netns['server']}" in row
     assert "shortcut" in row

@@ -110,7 +110,7 @@ def test_one_source_port_to_many_destinations_pairs(bed: Bed, plane: MakePlane) 
     for number, (near, far) in enumerate(ends):
         exchange(near, far, 2 * number + 1, rounds=1 + 10 * number)
         for finding in explained(bed, near):
-            went = re.findall(r"(\d+) messages by the shortcut, (\d+) by TCP", finding["sentence"])
+            went = re.findall(r"(\d+) messages? by the shortcut, (\d+) by TCP", finding["sentence"])
             assert sum(map(int, went[0])) == ROUNDS + 1 + 10 * number
 
 

@@ -35,6 +35,7 @@ from underpass.cli import bench_kubernetes, output
 from underpass.cli.interrupt import interruptible
 from underpass.dataplane import DEFAULT_PINS
 from underpass.errors import UnderpassError, Usage
+from underpass.model import many
 
 _PLACEMENTS = ("one-core", "two-cores", "free")
 
@@ -269,7 +270,7 @@ def bench(  # noqa: PLR0913, PLR0917 - one argument an option
         ):
             rows = len(chosen.measures(here.reach, seconds))
             minutes = plan.estimate(rows) / 60
-            click.echo(f"{rows} rows, about {minutes:.1f} minutes; {path}", err=True)
+            click.echo(f"{many(rows, 'row')}, about {minutes:.1f} minutes; {path}", err=True)
             total = rows * len(plan.placements) * plan.rounds * len(plan.modes)
             with _Reporter(total) as reporter:
                 bypass = stack.enter_context(naive.attached(here.naive)) if with_naive else None
@@ -305,6 +306,6 @@ def _show(
         click.echo(f"NOT PROVEN: {line}", err=True)
     if wrong:
         raise UnderpassError(
-            "believe", "this comparison", f"{len(wrong)} runs are not what they claim; "
+            "believe", "this comparison", f"{many(len(wrong), 'run')} not what was claimed; "
             f"first: {wrong[0]}", "see `underpass doctor`"
         )  # fmt: skip

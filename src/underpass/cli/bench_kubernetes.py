@@ -17,6 +17,7 @@ from underpass.bench.runner import Plan
 from underpass.bench.way import Reach, Way
 from underpass.bench.workloads import choose
 from underpass.cli.interrupt import interruptible
+from underpass.model import many
 
 
 class Reporter(Protocol):
@@ -54,7 +55,9 @@ def run(
         rows = len(workload.measures(_NOWHERE, wanted.seconds))
         total = 2 * rows * wanted.rounds
         minutes = total * (wanted.seconds + 2) / 60
-        click.echo(f"{rows} rows on node {there.name}, about {minutes:.0f} minutes", err=True)
+        click.echo(
+            f"{many(rows, 'row')} on node {there.name}, about {minutes:.0f} minutes", err=True
+        )
         with bed.made(), reporter(total) as told:
             bed.warm()
             outcomes = kubernetes.compare(bed, plan, told.done)

@@ -13,6 +13,7 @@ from underpass.agent import lock
 from underpass.cli import output
 from underpass.cli.seconds import Seconds
 from underpass.errors import UnderpassError
+from underpass.model import many
 
 
 @click.command()
@@ -38,14 +39,14 @@ def down(pins: Path, timeout: float) -> None:
 
     def progress(left: int) -> None:
         if tty:
-            click.echo(f"\rdraining: {left} endpoints are left \033[K", nl=False, err=True)
+            click.echo(f"\rdraining: {many(left, 'endpoint')} left \033[K", nl=False, err=True)
 
     left = dataplane.down(pins, timeout, progress)
     if tty and was_up:
         click.echo("\r\033[K", nl=False, err=True)
     if left:
         shown = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
-        cause = f"{len(left)} endpoints hold unread bytes or are in use, and go on working: {shown}"
+        cause = f"unread bytes or calls hold {many(len(left), 'endpoint')}, still working: {shown}"
         raise UnderpassError("finish draining", pins, cause, "run `underpass down` again")
     output.say("underpass is down" if was_up else "underpass was not up")
     if not lock.at_work(pins):

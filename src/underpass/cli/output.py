@@ -121,11 +121,6 @@ def silence(stream: TextIO) -> None:
     os.close(null)
 
 
-def many(count: int, thing: str) -> str:
-    """``1 rule``, ``2 rules``."""
-    return f"{count} {thing}{'' if count == 1 else 's'}"
-
-
 def size(count: float) -> str:
     """A number of bytes for people: ``1.5 GiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):

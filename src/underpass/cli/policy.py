@@ -11,7 +11,7 @@ from underpass import config, dataplane, kept, naming, reconcile
 from underpass import policy as rulebook
 from underpass.cli import output
 from underpass.errors import UnderpassError
-from underpass.model import Pair
+from underpass.model import Pair, many
 from underpass.policy import Policy, Standing
 
 _FILE = click.argument("file", type=click.Path(path_type=Path, readable=False, allow_dash=True))
@@ -145,8 +145,8 @@ def apply(pins: Path, file: Path) -> None:
     with dataplane.Dataplane.open(pins):
         pass  # nothing is asked of anybody if nothing is up
     seen = reconcile.enforce_once(pins, rules, options, file)
-    pods = f", {output.many(len(seen.pods), 'pod')}" if seen.told else ""
-    count = output.many(len(rules.rules), "rule")
+    pods = f", {many(len(seen.pods), 'pod')}" if seen.told else ""
+    count = many(len(rules.rules), "rule")
     output.say(f"the policy of {file} is in force ({count}{pods})")
 
 
@@ -191,7 +191,8 @@ def dry_run(pins: Path, file: Path, as_json: bool) -> None:
         output.say(f"pod {pod['pod']}: {pod['before']} -> {pod['after']}")
     for change in changes:
         output.say(f"{_name(change.pair)}: {_path(change)} ({change.rule})")
-    output.say(f"{len(pods)} pods and {len(changes)} of {len(judged)} open pairs would change")
+    pairs = f"{len(changes)} of {many(len(judged), 'open pair')}"
+    output.say(f"{many(len(pods), 'pod')} and {pairs} would change")
 
 
 def _path(change: _Change) -> str:

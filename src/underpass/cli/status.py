@@ -11,7 +11,7 @@ from rich.table import Table
 from underpass import __version__, dataplane, records
 from underpass.cli import output
 from underpass.errors import NotLoaded
-from underpass.model import REFUSALS, TCP_REASONS, Counters, Reason
+from underpass.model import REFUSALS, TCP_REASONS, Counters, Reason, many
 
 _NOTHING = Counters(0, 0, 0, {r.word: 0 for r in TCP_REASONS}, {r.word: 0 for r in REFUSALS})
 #: What `guard list` calls the programs behind these reasons.
@@ -84,9 +84,11 @@ def status(pins: Path, as_json: bool) -> None:
         for old in found["generations"][1:]:
             table.add_row("", f"generation {old['generation']} (upgraded) {_held(old)}")
         table.add_row("pairs so far", str(counters.pairs_total))
-        table.add_row("by shortcut", f"{counters.shortcut_messages_total} messages, {carried}")
-        _add_reasons(table, "by TCP", counters.tcp_messages_total, "messages")
-        _add_reasons(table, "not paired", counters.refused_total, "sockets")
+        table.add_row(
+            "by shortcut", f"{many(counters.shortcut_messages_total, 'message')}, {carried}"
+        )
+        _add_reasons(table, "by TCP", counters.tcp_messages_total, "message")
+        _add_reasons(table, "not paired", counters.refused_total, "socket")
     else:
         table.add_row("next step", output.runnable("`underpass up`"))
     output.console().print(table)
@@ -94,16 +96,16 @@ def status(pins: Path, as_json: bool) -> None:
 
 def _held(old: dict[str, Any]) -> str:
     if old["open_pairs"]:
-        return f"still holds {old['open_pairs']} pairs"
+        return f"still holds {many(old['open_pairs'], 'pair')}"
     if old["endpoints"]:
-        return f"still holds {old['endpoints']} sockets whose other end has left"
+        return f"still holds {many(old['endpoints'], 'socket')} whose other end has left"
     return "holds nothing any more; it goes with the next up, upgrade or down"
 
 
 def _add_reasons(table: Table, title: str, counts: dict[str, int], unit: str) -> None:
     seen = [(word, n) for word, n in counts.items() if n]
     if not seen:
-        table.add_row(title, f"0 {unit}")
+        table.add_row(title, many(0, unit))
     for word, n in seen:
-        table.add_row(title, output.runnable(f"{n} {unit}: {word}{_VERDICTS.get(word, '')}"))
+        table.add_row(title, output.runnable(f"{many(n, unit)}: {word}{_VERDICTS.get(word, '')}"))
         title = ""

@@ -23,7 +23,7 @@ from underpass import dataplane, kept, naming
 from underpass import top as picture
 from underpass.cli.seconds import Seconds
 from underpass.errors import NotLoaded, Usage
-from underpass.model import Pair
+from underpass.model import Pair, many
 from underpass.top import Sort
 
 _KEYS = "q quit  s sort  p pods or pairs"
@@ -115,7 +115,8 @@ def _frame(
         found = picture.rows(after or [], after or [], 1.0, by_pod=view.by_pod)
     rate, messages = sum(row.rate for row in found), sum(row.messages for row in found)
     head = "underpass is not up" if after is None else (
-        f"{len(after)} open pairs, {picture.amount(rate)}/s by shortcut, {messages:.0f} messages/s"
+        f"{many(len(after), 'open pair')}, {picture.amount(rate)}/s by shortcut, "
+        f"{many(round(messages), 'message')}/s"
     )  # fmt: skip
     foot = _KEYS if size[1] else ""
     return picture.frame(picture.ordered(found, view.sort), view.sort, size, head, foot)

@@ -14,7 +14,7 @@ from underpass.cli import output
 from underpass.cli.interrupt import interruptible
 from underpass.cli.seconds import Seconds
 from underpass.errors import UnderpassError
-from underpass.model import Fault
+from underpass.model import Fault, many
 from underpass.torture import bed, schedule
 from underpass.torture.generation import path_switches
 from underpass.torture.run import Result, Torture
@@ -108,7 +108,9 @@ def torture(
         click.echo(line, err=True)
     if wrong:
         again = f"underpass torture --seed {seed}"
-        output.fail(f"the torture found {len(wrong)} errors; `{again}` draws the same plan", 1)
+        output.fail(
+            f"the torture found {many(len(wrong), 'error')}; `{again}` draws the same plan", 1
+        )
     return 0
 
 

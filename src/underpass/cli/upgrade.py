@@ -11,6 +11,7 @@ from underpass import calibration, config, dataplane
 from underpass.bringup import fionread_broken
 from underpass.cli import output
 from underpass.cli.up import admit_unknown
+from underpass.model import many
 
 
 @click.command()
@@ -34,5 +35,5 @@ def upgrade(pins: Path, config_path: Path | None, admit: bool) -> None:
     if admit:
         settings = replace(settings, admit_unknown=True)
     left = dataplane.upgrade(pins, settings, fionread_broken=fionread_broken())
-    stay = f"; {left} pairs stay with the old until they close" if left else ""
+    stay = f"; the old one keeps {many(left, 'pair')} until closed" if left else ""
     output.say(f"underpass is upgraded{stay}")

@@ -10,7 +10,7 @@ from underpass import adoption, dataplane, records
 from underpass.bench.processes import wait_for
 from underpass.dataplane import Dataplane
 from underpass.errors import UnderpassError
-from underpass.model import Fault, Reason, Settings
+from underpass.model import Fault, Reason, Settings, many
 from underpass.policy import Compiled
 from underpass.torture.kernel_objects import pinned
 from underpass.torture.patience import patient
@@ -122,7 +122,7 @@ class Generation:
                 for e in plane.endpoints()[:20]
             ]
             if pairs := plane.open_pairs():
-                found.append(f"{pairs} pairs are open")
+                found.append(many(pairs, "open pair"))
             left = plane.leftovers()
             found += [f"{n} entries in the map {name}" for name, n in left.items() if n]
         return found
