@@ -164,6 +164,7 @@ def _fields(path: Path) -> tuple[_File, Policy]:
             _wrong_name(fields.guard),
             _wrong_reproof(fields.reproof),
             _wrong_pods(fields.pods),
+            _wrong_listen(fields.agent.listen),
         ):
             if wrong:
                 raise wrong
@@ -217,6 +218,24 @@ def _wrong_pods(pods: Pods) -> Wrong | None:
     if pods.apiserver.startswith("https") and not pods.authority:
         return Wrong(("pods", "apiserver"), "it needs `authority`, the file that it is checked by")
     return None
+
+
+def _wrong_listen(listen: str) -> Wrong | None:
+    if listen and parse_listen(listen) is None:
+        return Wrong(("agent", "listen"), f"{listen!r} is no HOST:PORT (as 127.0.0.1:9464)")
+    return None
+
+
+def parse_listen(listen: str) -> tuple[str, int] | None:
+    """Host and port of ``127.0.0.1:9464``, ``[::1]:9464`` or ``:9464`` (every address).
+
+    None: it is none of these.
+    """
+    host, colon, port = listen.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if not colon or not port.isdecimal() or int(port) > 65535 or (":" in host and not bracketed):
+        return None
+    return host.strip("[]"), int(port)
 
 
 def server_of(pods: Pods) -> tuple[str, int] | None:

@@ -17,6 +17,13 @@ def _read(directory: Path, text: str) -> Settings:
     return config.read(file)
 
 
+@pytest.mark.parametrize("listen", ["9464", "localhost", "::1:80", "127.0.0.1:99999", "host:http"])
+def test_where_nobody_can_listen(tmp_path: Path, listen: str) -> None:
+    """Claim: it is refused as the file is read, with line and field, not once the agent starts."""
+    with pytest.raises(Usage, match=r"line 2: agent.listen: "):
+        _read(tmp_path, f'[agent]\nlisten = "{listen}"')
+
+
 def test_no_file_means_defaults() -> None:
     """Claim: without a file, and with an empty one, the defaults hold."""
     assert config.read(None) == Settings()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
+from underpass import config
 from underpass.errors import UnderpassError, Usage
 
 #: Clients that are served at once; one more, and the oldest of them goes.
@@ -76,11 +77,10 @@ def parse(listen: str) -> tuple[str, int]:
     Raises:
         Usage: it is none.
     """
-    host, colon, port = listen.rpartition(":")
-    bracketed = host.startswith("[") and host.endswith("]")
-    if not colon or not port.isdecimal() or int(port) > 65535 or (":" in host and not bracketed):
+    found = config.parse_listen(listen)
+    if not found:
         raise Usage("listen on", listen, "it is no HOST:PORT", "write it as 127.0.0.1:9464")
-    return host.strip("[]"), int(port)
+    return found
 
 
 class _Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
