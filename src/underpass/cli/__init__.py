@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
@@ -86,6 +87,8 @@ def cli(ctx: click.Context, pins: Path) -> None:
     ctx.obj = Path(os.path.normpath(pins.absolute()))
     if not ctx.obj.name:
         raise Usage("pin in", ctx.obj, "it has no name", "name a directory in a bpffs")
+    if "." in ctx.obj.name:
+        raise Usage("pin in", ctx.obj, "bpffs takes no name with a dot", "choose another")
     if ctx.obj != _USUAL_PINS:
         output.act_on(ctx.obj)
     namespaces.join_host_cgroups()
@@ -123,10 +126,17 @@ def _run() -> None:
         output.silence(sys.stdout)
         sys.exit(1)
     except OSError as error:
-        output.silence(sys.stdout)
-        if error.errno == errno.ENOSPC and not error.filename:
-            output.fail(f"cannot write what it found: {error.strerror}; make room there", 1)
-        output.fail(f"cannot go on: {error}; run `underpass doctor`", 1)
+        _refused(error)
     except MemoryError:
         output.fail("cannot go on: out of memory; give it more, or run it where there is more", 1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _refused(error: OSError) -> NoReturn:
+    """The one line about what the system refuses."""
+    output.silence(sys.stdout)
+    if error.errno == errno.ENOSPC and not error.filename:
+        output.fail(f"cannot write what it found: {error.strerror}; make room there", 1)
+    if isinstance(error, PermissionError) and os.geteuid() != 0:
+        output.fail(f"cannot use {error.filename}: {error.strerror}; run as root", 1)
+    output.fail(f"cannot go on: {error}; run `underpass doctor`", 1)
