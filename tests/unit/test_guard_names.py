@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import cast
 
 import pytest
+from rich.console import Console
 
 from underpass import abi, knobs, namespaces, programs
+from underpass.cli import guard
 from underpass.model import Fault, Rule, Settings
 
 NAMES = [
@@ -58,3 +61,19 @@ def test_who_hands_sockets_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
     others = [b"iscsi", b"tgtd", b"nbd-server", b"nbdkit", b"usbip-exporter", b"iscsidx"]
     assert not any(programs.known_signs(name, made) for name in others)
     assert not programs.known_signs(b"iscsid", _made(monkeypatch, Fault.KERNEL_ENDS, counts=True))
+
+
+ROW = ("prometheus-node-exporter", "watched", "has run 3 of 10 s", "00c0ffee00c0ffee", "x" * 50)
+
+
+@pytest.mark.parametrize("width", [40, 80, 100, 160])
+def test_the_list_in_a_narrow_terminal(width: int) -> None:
+    """Claim: names, verdicts and ids are whole at any width, and no line is longer than that."""
+    console = Console(file=io.StringIO(), width=width, highlight=False, markup=False)
+    guard._print([ROW, ROW], console)
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    assert max(map(len, shown.splitlines())) <= width
+    for word in (ROW[0], ROW[1], ROW[3]):
+        assert shown.count(word) == 2
+    assert shown.count("x") >= 100

@@ -7,12 +7,17 @@ import shlex
 from pathlib import Path
 
 import click
+from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 
 from underpass import dataplane, programs
 from underpass.cli import output
 from underpass.errors import UnderpassError, Usage
 from underpass.model import Program, Rule, Sign
+
+#: Columns below which the list is no table.
+_NARROW = 100
 
 
 @click.group(short_help="Which programs stay on plain TCP, and why.")
@@ -53,14 +58,32 @@ def list_(pins: Path, as_json: bool) -> None:
     if not found:
         output.say("no program has been seen yet")
         return
+    rows = [
+        (
+            program.name,
+            program.verdict,
+            program.reason or _progress(program, observe),
+            program.id,
+            program.command or ("" if program.pid else "(not seen yet)"),
+        )
+        for program in found
+    ]
+    _print(rows, output.console())
+
+
+def _print(rows: list[tuple[str, str, str, str, str]], console: Console) -> None:
+    """A table; three lines a program where its columns would have no room."""
+    if console.width < _NARROW:
+        for name, verdict, why, key, command in rows:
+            console.print(f"{name}: {verdict}{f' ({why})' if why else ''}", overflow="fold")
+            console.print(Padding(f"{key}\n{command}".rstrip(), (0, 0, 0, 2), expand=False))
+        return
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("PROGRAM", "VERDICT", "WHY", "ID", "COMMAND"):
         table.add_column(title, overflow="fold", no_wrap=title != "COMMAND")
-    for program in found:
-        why = program.reason or _progress(program, observe)
-        command = program.command or ("" if program.pid else "(not seen yet)")
-        table.add_row(program.name, program.verdict, why, program.id, command)
-    output.console().print(table)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def _progress(program: Program, observe: float) -> str:
