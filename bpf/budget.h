@@ -4,6 +4,7 @@
 #define UNDERPASS_BUDGET_H
 
 #include "pair.h"
+#include "room.h"
 
 /* The node's memory is looked at with every message, but with every 16th of small ones; that of the reader's cgroups with
  * every 16th, of those that are not small with every 4th, and whenever a direction has sent another 128 KiB. */
@@ -63,15 +64,16 @@ static __always_inline bool memory_short(const struct tcp_sock *tp, __u32 size)
 /* The unread messages are those sent since the mark before the last: `older` + `newer`. Once the
  * reader has consumed up to the mark, `older` is past and a new mark is set. */
 static __always_inline enum up_reason over_budget(struct endpoint *ep, const struct tcp_sock *tp,
-						  __u32 unread, __u32 size)
+						  const struct reader *r, __u32 size)
 {
+	__u32 unread = r->unread, always = (__u32)r->buffer >> 3;
 	__u64 cost, moved = ep->shortcut_bytes ^ (ep->shortcut_bytes + size);
 	__u32 messages;
 
 	if (!unread) {
 		ep->mark = ep->shortcut_bytes;
 		ep->older = ep->newer = 0;
-		if (size <= MEMORY_ALWAYS)
+		if (size <= MEMORY_ALWAYS && size <= always)
 			return UP_SHORTCUT;
 	} else if (ep->shortcut_bytes >= ep->mark + unread) {
 		ep->older = ep->newer;
@@ -81,6 +83,8 @@ static __always_inline enum up_reason over_budget(struct endpoint *ep, const str
 	messages = ep->older + ep->newer;
 	cost = (__u64)unread + size + (__u64)messages * MESSAGE_COST;
 	if (cost > knobs.budget_bytes)
+		return UP_BUDGET_BYTES;
+	if (unread + size > always && outgrows(ep, unread + size, ep->buffer_is == BUFFER_NARROW))
 		return UP_BUDGET_BYTES;
 	if (messages >= knobs.budget_messages)
 		return UP_BUDGET_MESSAGES;

@@ -70,7 +70,7 @@ struct cgroup { struct kernfs_node *kn; int level; struct cgroup *ancestors[]; }
 struct sock_cgroup_data { struct cgroup *cgroup; };
 
 struct ns_common { const void *ops; unsigned int inum; };
-struct netns_ipv4 { __u8 sysctl_tcp_orphan_retries, sysctl_tcp_retries2; int sysctl_tcp_wmem[3]; };
+struct netns_ipv4 { __u8 sysctl_tcp_orphan_retries, sysctl_tcp_retries2; int sysctl_tcp_wmem[3], sysctl_tcp_rmem[3]; };
 struct net { struct netns_ipv4 ipv4; struct list_head list; struct ns_common ns; struct list_head dev_base_head; __u64 net_cookie; };
 typedef struct { struct net *net; } possible_net_t;
 struct net_device { struct list_head dev_list; struct in_device *ip_ptr; struct inet6_dev *ip6_ptr; };
@@ -108,7 +108,7 @@ struct sock {
 	socket_lock_t sk_lock;
 	struct socket_wq *sk_wq;
 	struct mem_cgroup *sk_memcg;
-	int sk_rcvlowat, sk_sndbuf, sk_peek_off, sk_write_pending;
+	int sk_rcvlowat, sk_sndbuf, sk_rcvbuf, sk_peek_off, sk_write_pending;
 	__u32 sk_tsflags, sk_allocation;
 	__u8 sk_shutdown;
 	__u8 sk_userlocks;

@@ -5,6 +5,7 @@
 #define UNDERPASS_OPTIONS_H
 
 #include "pair.h"
+#include "room.h"
 
 #define KEEP_MOST 127
 #define NARROW_LEAST 8190 /* no size that a program would ask for */
@@ -176,6 +177,8 @@ static __noinline void set_buffer(struct bpf_sock_ops *ctx, struct endpoint *ep,
 		ep->buffer_is = BUFFER_WIDE;
 		ep->buffer = buffer_of(sk);
 	}
+	if (as != BUFFER_NARROW && crowded(ep))
+		as = BUFFER_NARROW;
 	if (as == ep->buffer_is || (!ep->buffer_is && (as != BUFFER_NARROW || sndbuf_locked(sk))))
 		return;
 	if (psock_of(sk) && reader_sleeps(ep->sock) && !fault(UP_FAULT_ROUSING)) /* this would wake it: see no_room_left() */
@@ -200,7 +203,7 @@ static __noinline bool no_room_left(struct bpf_sock_ops *ctx, struct endpoint *e
 	int size = (__u32)buffer_of(sk) >> 1, most = most_buffer(), lowat = 0, none = -1;
 	bool own = sndbuf_locked(sk) && !buffer_is_ours(ep, sk);
 
-	if (!waits_for_room(sk) || !blocks(sk) || waiters(ep->sock, 0, 0) || fault(UP_FAULT_ROUSING))
+	if (!waits_for_room(sk) || !blocks(sk) || sleepers(ep->sock) || fault(UP_FAULT_ROUSING))
 		return true;
 	if (bpf_getsockopt(ctx, SOL_TCP, TCP_NOTSENT_LOWAT, &lowat, sizeof(lowat)))
 		return true;

@@ -11,7 +11,7 @@ struct reader {
 	const void *ulp;
 	__u32 copied_seq, rcv_nxt;
 	__u32 unread; /* bytes charged to its receive memory */
-	int lowat, peek_off;
+	int lowat, peek_off, buffer;
 	__u8 shutdown;
 	__u8 leaving;
 };
@@ -33,6 +33,7 @@ struct reader {
 	see(ulp, inet_conn.icsk_ulp_ops);                                                          \
 	see(lowat, inet_conn.icsk_inet.sk.sk_rcvlowat);                                            \
 	see(peek_off, inet_conn.icsk_inet.sk.sk_peek_off);                                         \
+	see(buffer, inet_conn.icsk_inet.sk.sk_rcvbuf);                                             \
 	see(shutdown, inet_conn.icsk_inet.sk.sk_shutdown);                                         \
 	see(leaving, bpf_sock_ops_cb_flags);                                                       \
 	barrier();                                                                                 \

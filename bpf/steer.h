@@ -199,7 +199,7 @@ static __always_inline enum up_reason decide(struct sk_msg_md *msg, struct bpf_s
 		if (reader_waits_for_tcp(ep->peer_sock))
 			return UP_READER_WAITS;
 	}
-	reason = over_budget(ep, tp, r.unread, msg->size);
+	reason = over_budget(ep, tp, &r, msg->size);
 	if (fault(UP_FAULT_NO_BUDGET))
 		reason = UP_SHORTCUT;
 	if (reason == UP_SHORTCUT && unlikely(reader_busy(ep, tp, r.unread, msg->size)))

@@ -89,6 +89,7 @@ enum up_fault {
 	UP_FAULT_EARLY_RESET = 1 << 24, /* late: answer bytes with a reset while the end is kept from their sender */
 	UP_FAULT_MISCOUNTED = 1 << 25,  /* guard: let programs in that ask FIONREAD, where it does not count */
 	UP_FAULT_KERNEL_ENDS = 1 << 26, /* guard: let sockets in that the kernel uses, or is about to */
+	UP_FAULT_NO_ROOM = 1 << 27,     /* budget: leave no room for TCP in the receive buffer */
 };
 
 /* What a program was seen to use that the shortcut cannot serve: name, bit, word. */

@@ -132,6 +132,7 @@ class Fault(enum.IntFlag):
     EARLY_RESET = 1 << 24
     MISCOUNTED = 1 << 25
     KERNEL_ENDS = 1 << 26
+    NO_ROOM = 1 << 27
 
 
 class Sign(enum.IntFlag):

@@ -36,6 +36,8 @@ ADMITTING = replace(USUAL, admit_unknown=True)
 """For tests that are not about the guard: no program is watched first."""
 UNGUARDED = replace(ADMITTING, allow=(Path("/proc/self/exe").readlink().name[:31],))
 """For tests that do on purpose what the guard keeps out."""
+USUAL_BUFFER = "net.ipv4.tcp_rmem=4096 131072 6291456"
+"""The kernel's own; a namespace would take over the host's."""
 CLIENT4, SERVER4, ROUTER4 = "10.77.0.1", "10.77.0.2", "10.77.0.254"
 CLIENT6, SERVER6 = "fd77::1", "fd77::2"
 
@@ -107,6 +109,7 @@ class Bed:
         # 100,000 short connections need the ports
         self.within(where, "sysctl", "-qw", "net.ipv4.ip_local_port_range=10000 65000")
         self.within(where, "sysctl", "-qw", "net.ipv4.tcp_tw_reuse=1")
+        self.within(where, "sysctl", "-qw", USUAL_BUFFER)
 
 
 def make_bed(undo: contextlib.ExitStack) -> Bed:
