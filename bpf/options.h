@@ -8,6 +8,7 @@
 #include "room.h"
 
 #define KEEP_MOST 127
+#define ENDS_LATE 924601 /* ms, for TCP_USER_TIMEOUT: what tcp_retries2 comes to; no value that a program would ask for */
 #define NARROW_LEAST 8190 /* no size that a program would ask for */
 #define MOST_BUFFER (4 << 20)
 #define ROOMY_LEAST (512 << 10) /* what a stream of one node may need; the kernel doubles it */
@@ -21,7 +22,7 @@
  * on a path that has begun to drop packets the program's connection must not end sooner for our sake. */
 static __noinline void start_ticking(struct bpf_sock_ops *ctx, struct endpoint *ep)
 {
-	int on = 0, one = 1, most = KEEP_MOST, never = 0;
+	int on = 0, one = 1, most = KEEP_MOST, late = ENDS_LATE;
 
 	if (bpf_getsockopt(ctx, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on)) ||
 	    bpf_getsockopt(ctx, SOL_TCP, TCP_KEEPIDLE, &ep->keep_idle, sizeof(int)) ||
@@ -31,7 +32,7 @@ static __noinline void start_ticking(struct bpf_sock_ops *ctx, struct endpoint *
 		return;
 	ep->ticking = on ? 2 : 1;
 	if (ep->user_timeout)
-		bpf_setsockopt(ctx, SOL_TCP, TCP_USER_TIMEOUT, &never, sizeof(never));
+		bpf_setsockopt(ctx, SOL_TCP, TCP_USER_TIMEOUT, &late, sizeof(late));
 	bpf_setsockopt(ctx, SOL_TCP, TCP_KEEPCNT, &most, sizeof(most));
 	bpf_setsockopt(ctx, SOL_TCP, TCP_KEEPINTVL, &one, sizeof(one));
 	bpf_setsockopt(ctx, SOL_TCP, TCP_KEEPIDLE, &one, sizeof(one));
@@ -39,26 +40,24 @@ static __noinline void start_ticking(struct bpf_sock_ops *ctx, struct endpoint *
 		bpf_setsockopt(ctx, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof(one));
 }
 
-/* Sets an option back to what it was, unless the program has changed it meanwhile: then it is false.
+/* Sets an option back to what it was, unless the program has changed it meanwhile.
  * `sk` is what bpf_setsockopt takes in the calling program: its context, or the socket. */
 #define PUT_BACK(sk, option, ours, was)                                                            \
 	({                                                                                         \
 		int now = 0;                                                                       \
-		bool same = !bpf_getsockopt(sk, SOL_TCP, option, &now, sizeof(now)) && now == ours; \
-		if (same)                                                                          \
+		if (!bpf_getsockopt(sk, SOL_TCP, option, &now, sizeof(now)) && now == (ours))       \
 			bpf_setsockopt(sk, SOL_TCP, option, was, sizeof(int));                     \
-		same;                                                                              \
 	})
 
 #define STOP_TICKING(sk, ep)                                                                       \
 	({                                                                                         \
-		bool ours = PUT_BACK(sk, TCP_KEEPIDLE, 1, &(ep)->keep_idle);                       \
 		int off = 0;                                                                       \
+		PUT_BACK(sk, TCP_KEEPIDLE, 1, &(ep)->keep_idle);                                   \
 		if ((ep)->user_timeout)                                                            \
-			PUT_BACK(sk, TCP_USER_TIMEOUT, 0, &(ep)->user_timeout);                    \
-		ours &= PUT_BACK(sk, TCP_KEEPINTVL, 1, &(ep)->keep_interval);                      \
-		ours &= PUT_BACK(sk, TCP_KEEPCNT, KEEP_MOST, &(ep)->keep_count);                   \
-		if (ours && (ep)->ticking == 1 && !used((ep)->self.cookie, UP_KEEPS))             \
+			PUT_BACK(sk, TCP_USER_TIMEOUT, ENDS_LATE, &(ep)->user_timeout);            \
+		PUT_BACK(sk, TCP_KEEPINTVL, 1, &(ep)->keep_interval);                              \
+		PUT_BACK(sk, TCP_KEEPCNT, KEEP_MOST, &(ep)->keep_count);                           \
+		if ((ep)->ticking == 1 && !used((ep)->self.cookie, UP_KEEPS))                      \
 			bpf_setsockopt(sk, SOL_SOCKET, SO_KEEPALIVE, &off, sizeof(off));           \
 		(ep)->ticking = 0;                                                                 \
 	})
