@@ -94,13 +94,13 @@ def drop(sock: socket.socket) -> None:
     "none",
     "it bounds how long bytes wait for an acknowledgement; those of the shortcut are with "
     "the reader. "
-    "Above the budget TCP has bytes again and it holds",
+    "Above the budget, or the receive buffer, TCP has bytes again and it holds",
     carries=MIB,
 )
 def _user_timeout(stage: Stage) -> str:
     client, _ = stage.pair()
     client.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 500)
-    fill(client, 6 * MIB)
+    fill(client, 4 * MIB)
     stage.polled(client, 0, 2 + stage.patience)
     error = client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     return said(lambda: _none_or(error))
