@@ -297,11 +297,15 @@ def test_a_reader_that_peeks(bed: Bed, plane: MakePlane, fault: Fault) -> None:
     """Claim: one that peeks for a whole record sees its rest. Twin: it waits for ever for it."""
     underpass = plane(OFTEN, fault)
     near, far = _pair(bed)
-    reading = far.worker.submit(_peek_records, far.number, 3.0)
-    sent = near.worker.call(_send_records, near.number, 20 * OFTEN.reproof_seconds)
-    taken = reading.result(60)
+    missed = 0
+    for _ in range(5 if fault else 1):  # on a busy machine the twin may need another round
+        reading = far.worker.submit(_peek_records, far.number, 3.0)
+        sent = near.worker.call(_send_records, near.number, 20 * OFTEN.reproof_seconds)
+        missed = sent - reading.result(60)
+        if missed:
+            break
     assert _proofs(underpass) > 0
-    assert (taken < sent) == bool(fault)
+    assert (missed > 0) == bool(fault)
 
 
 @RASH
