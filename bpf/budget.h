@@ -66,7 +66,7 @@ static __always_inline bool memory_short(const struct tcp_sock *tp, __u32 size)
 static __always_inline enum up_reason over_budget(struct endpoint *ep, const struct tcp_sock *tp,
 						  const struct reader *r, __u32 size)
 {
-	__u32 unread = r->unread, always = (__u32)r->buffer >> 3;
+	__u32 unread = r->unread, always = always_fits(r->buffer);
 	__u64 cost, moved = ep->shortcut_bytes ^ (ep->shortcut_bytes + size);
 	__u32 messages;
 

@@ -78,8 +78,8 @@ static __always_inline bool taken(const struct sock *sk)
 #define SPARES_WAITING(allocation) (((allocation) & GFP_KERNEL) != GFP_KERNEL)
 
 /* Has the kernel made this socket for itself, as CIFS and NVMe over TCP do? Then no program has a file of it, or (NVMe since
- * 6.7) it has one that no program knows. (Nor need one of MPTCP's
- * have one that is a program's; what such a listener accepts from plain TCP is as any other.) */
+ * 6.7) it has one that no program knows. (Nor need one of MPTCP's have one that is a
+ * program's; what such a listener accepts from plain TCP is as any other.) */
 static __always_inline bool kernels_own(const struct sock *sk)
 {
 	const struct tcp_sock *tp = (const void *)sk;

@@ -36,12 +36,23 @@ static __noinline bool outgrows(const struct endpoint *ep, __u32 bytes, bool nar
 	return (__s64)bytes > most && !fault(UP_FAULT_NO_ROOM);
 }
 
+/* Never too much, whatever comes by TCP: least of what outgrows() may answer for a receive buffer of this size. Asked first,
+ * for every message and every packet. */
+static __always_inline __u32 always_fits(int buffer)
+{
+	return (__u32)buffer >> 3;
+}
+
 /* Does so much wait redirected that a wide send buffer could be too much? */
 static __always_inline bool crowded(const struct endpoint *ep)
 {
 	const struct sock *reader = (const void *)ep->peer_sock;
+	__u32 waits;
 
-	return reader && has_unread(reader) && outgrows(ep, READ(reader, sk_backlog.rmem_alloc.counter), false);
+	if (!reader)
+		return false;
+	waits = READ(reader, sk_backlog.rmem_alloc.counter);
+	return waits > always_fits(READ(reader, sk_rcvbuf)) && has_unread(reader) && outgrows(ep, waits, false);
 }
 
 #endif

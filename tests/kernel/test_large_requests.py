@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import select
 import socket
 import time
 from dataclasses import replace
@@ -27,9 +28,14 @@ SHORT = 1000
 SO_SNDBUFFORCE = 32
 
 
-def _ask(number: int, rounds: int, size: int) -> int:
-    """Send a request and wait for its answer, time and again; in which round recv said EAGAIN."""
-    client = _SOCKETS[number]
+def _ask(number: int, rounds: int, size: int, *, watched: bool = False) -> int:
+    """Send a request and wait for its answer, time and again; in which round recv said EAGAIN.
+
+    `watched`: the socket also stands in an epoll set, as of a program that waits for others there.
+    """
+    client, watching = _SOCKETS[number], select.epoll()
+    if watched:
+        watching.register(client, select.EPOLLIN)
     client.setblocking(True)
     request = bytes(size)
     unsent = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT)
@@ -63,9 +69,12 @@ def _answer(number: int, rounds: int, size: int) -> None:
         server.sendall(ANSWER)
 
 
-def _rounds_without(near: Remote, far: Remote, rounds: int, request: int = REQUEST) -> int:
+def _rounds_without(
+    near: Remote, far: Remote, rounds: int, request: int = REQUEST, *, watched: bool = False
+) -> int:
     answering = far.worker.submit(_answer, far.number, rounds, request)
-    asked = near.worker.submit(_ask, near.number, rounds, request).result(patient(100))
+    asking = near.worker.submit(_ask, near.number, rounds, request, watched=watched)
+    asked = asking.result(patient(100))
     near.close()
     with contextlib.suppress(OSError):
         answering.result(patient(40))
@@ -116,6 +125,16 @@ def test_a_client_with_the_largest_buffer_leaves(
     underpass.set_paused(paused)
     assert _rounds_without(near, far, fewer(60), 16_000_000) == fewer(60)
     assert underpass.counters().refused_total["send-room"] == 1
+
+
+def test_a_client_in_an_epoll_set_waits(bed: Bed, plane: MakePlane) -> None:
+    """Claim: nor where a poll waits beside it, which alone is no reason to leave the mark."""
+    underpass = plane(SETTINGS)
+    near, far = _coupled(bed, LOOPBACK)
+    near.send(1, SHORT)
+    far.receive(1, SHORT)
+    assert _rounds_without(near, far, fewer(400), watched=True) == fewer(400)
+    assert underpass.counters().tcp_messages_total["budget-bytes"] > 20
 
 
 @pytest.mark.parametrize("address", [SERVER4, LOOPBACK], ids=["veth", "loopback"])
